@@ -1,0 +1,218 @@
+"""LlavaConfig: every size and choice of the model, typed and checked once.
+
+The keys are those of the original release's ``config.json`` (``mm_*``, ``image_*`` and LLaMA's own), which the
+toolkit uses too; ``vision_config`` holds the sizes of the CLIP tower, and ``conversation_template`` the name of
+the template that the weights were trained with. Hugging Face's nested layout is translated by ``checkpoint.py``.
+"""
+
+import ast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Dict, List, Optional
+
+from paddlenlp.transformers import PretrainedConfig
+
+from paddlemix.errors import UserError
+
+__all__ = ["CLIPVisionConfig", "LlavaConfig"]
+
+SELECT_FEATURES = ("patch", "cls_patch")
+PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+ASPECT_RATIOS = ("square", "pad", "anyres")
+VISION_ACTIVATIONS = ("quick_gelu", "gelu")
+ROPE_TYPES = ("linear", "dynamic")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of a CLIP vision transformer; the defaults are ViT-L/14 at 336 pixels (Radford et al., 2021)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    def __post_init__(self):
+        if self.hidden_act not in VISION_ACTIVATIONS:
+            raise UserError(
+                f"vision_config.hidden_act is {self.hidden_act!r}; expected one of {', '.join(VISION_ACTIVATIONS)}."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"vision_config.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads "
+                "(vision_config.num_attention_heads) don't divide."
+            )
+        if self.image_size < self.patch_size:
+            raise UserError(
+                f"vision_config.image_size is {self.image_size}, smaller than patch_size {self.patch_size}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> "CLIPVisionConfig":
+        """Keeps the keys that size the tower, drops the rest of a CLIP config (text tower, generation, …)."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the square picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+
+class LlavaConfig(PretrainedConfig):
+    """Configuration of :class:`LlavaLlamaForCausalLM`.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+        head_dim, rms_norm_eps, rope_theta, rope_scaling, max_position_embeddings, tie_word_embeddings:
+            the LLaMA decoder. ``num_key_value_heads`` below ``num_attention_heads`` is grouped-query attention;
+            ``rope_scaling`` is ``{"type": "linear" | "dynamic", "factor": f}`` or None.
+        vision_config (dict): the sizes of :class:`CLIPVisionConfig`, or None for a model that takes text only.
+        mm_vision_tower (str): name or folder of a separate tower checkpoint (original v1.5 layout).
+        mm_vision_select_layer (int): which hidden state of the tower is used; negative counts from the last.
+        mm_vision_select_feature (str): ``patch`` drops the class token, ``cls_patch`` keeps it.
+        mm_projector_type (str): ``linear``, ``mlpNx_gelu`` or ``identity``.
+        mm_patch_merge_type (str): ``flat`` (LLaVA-1.5), ``spatial`` or ``spatial_unpad`` (LLaVA-1.6).
+        image_aspect_ratio (str): ``square``, ``pad`` or ``anyres``.
+        image_grid_pinpoints (list of [width, height]): the canvases that anyres may choose from.
+        conversation_template (str): a name in ``conversation.conv_templates``.
+        use_flash_attention (bool): on GPU, attend through Paddle's flash attention.
+
+    Raises:
+        UserError: a value that the model doesn't know, named with what it expected.
+    """
+
+    model_type = "llava"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: Optional[int] = None,
+        head_dim: Optional[int] = None,
+        hidden_act: str = "silu",
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        rope_scaling: Optional[Dict[str, Any]] = None,
+        max_position_embeddings: int = 4096,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        bos_token_id: Optional[int] = 1,
+        eos_token_id: Any = 2,
+        pad_token_id: Optional[int] = 0,
+        vision_config: Optional[Dict[str, Any]] = None,
+        mm_vision_tower: Optional[str] = None,
+        mm_hidden_size: Optional[int] = None,
+        mm_vision_select_layer: int = -2,
+        mm_vision_select_feature: str = "patch",
+        mm_projector_type: str = "mlp2x_gelu",
+        mm_patch_merge_type: str = "flat",
+        mm_use_im_start_end: bool = False,
+        image_aspect_ratio: str = "square",
+        image_grid_pinpoints: Optional[List[List[int]]] = None,
+        conversation_template: str = "vicuna_v1",
+        use_flash_attention: bool = False,
+        **kwargs,
+    ):
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.vision_config = asdict(CLIPVisionConfig.from_dict(vision_config)) if vision_config is not None else None
+        self.mm_vision_tower = mm_vision_tower
+        self.mm_hidden_size = mm_hidden_size or (self.vision_config["hidden_size"] if self.vision_config else None)
+        self.mm_vision_select_layer = mm_vision_select_layer
+        self.mm_vision_select_feature = mm_vision_select_feature
+        self.mm_projector_type = mm_projector_type
+        self.mm_patch_merge_type = mm_patch_merge_type or "flat"
+        self.mm_use_im_start_end = bool(mm_use_im_start_end)
+        self.image_aspect_ratio = image_aspect_ratio or "square"
+        # the first v1.6 releases wrote the list as a string
+        self.image_grid_pinpoints = (
+            ast.literal_eval(image_grid_pinpoints) if isinstance(image_grid_pinpoints, str) else image_grid_pinpoints
+        )
+        self.conversation_template = conversation_template
+        self.use_flash_attention = use_flash_attention
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuses what the model can't honour; called by the constructor and before a save."""
+
+        def one_of(name: str, allowed) -> None:
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
+
+        from paddlemix.models.llava.conversation import conv_templates
+
+        one_of("mm_vision_select_feature", SELECT_FEATURES)
+        one_of("mm_patch_merge_type", PATCH_MERGE_TYPES)
+        one_of("image_aspect_ratio", ASPECT_RATIOS)
+        one_of("conversation_template", tuple(conv_templates))
+        one_of("hidden_act", ("silu",))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}."
+            )
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
+            if kind == "default":
+                self.rope_scaling = None
+            elif kind not in ROPE_TYPES or not float(self.rope_scaling.get("factor", 0)) >= 1:
+                raise UserError(
+                    f"rope_scaling is {self.rope_scaling!r}; expected a type of {' or '.join(ROPE_TYPES)} and a factor >= 1."
+                )
+        if self.image_aspect_ratio == "anyres":
+            if not self.image_grid_pinpoints:
+                raise UserError("image_aspect_ratio is 'anyres' but image_grid_pinpoints names no canvas.")
+            size = self.vision_config["image_size"] if self.vision_config else None
+            for pinpoint in self.image_grid_pinpoints:
+                if size and (len(pinpoint) != 2 or pinpoint[0] % size or pinpoint[1] % size):
+                    raise UserError(
+                        f"image_grid_pinpoints has {list(pinpoint)}; expected [width, height] in multiples of the "
+                        f"tower's {size} pixels."
+                    )
+        if self.vision_config is not None:
+            depth = self.vision_config["num_hidden_layers"]
+            if not -depth - 1 <= self.mm_vision_select_layer <= depth:
+                raise UserError(
+                    f"mm_vision_select_layer is {self.mm_vision_select_layer}; the tower has {depth} layers, so "
+                    f"expected a number from {-depth - 1} to {depth}."
+                )
+
+    @property
+    def vision(self) -> Optional[CLIPVisionConfig]:
+        """The tower's sizes as a typed object; None for a model that takes text only."""
+        return CLIPVisionConfig(**self.vision_config) if self.vision_config is not None else None
+
+    @property
+    def eos_token_ids(self) -> List[int]:
+        """Every id that ends an answer (``eos_token_id`` may be one id, a list, or None)."""
+        ids = self.eos_token_id
+        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
