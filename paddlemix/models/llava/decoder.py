@@ -1,0 +1,299 @@
+"""The LLaMA decoder (Touvron et al., 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU, a cache.
+
+One forward serves training, generation and export. Shapes: B batch, T tokens, D width, H heads, G key/value heads,
+K head width, C capacity of the cache.
+"""
+
+from typing import Optional, Tuple
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.attention import MASKED, attend
+from paddlemix.models.llava.configuration import LlavaConfig
+
+__all__ = ["KVCache", "LlamaDecoder", "RotaryEmbedding"]
+
+
+class KVCache:
+    """Keys and values of what the decoder has read: allocated once, written in place.
+
+    Memory grows by blocks up to ``capacity``; positions past ``length`` are masked, so no step copies what is cached.
+
+    Attributes:
+        length (int): tokens held, padding included.
+        capacity (int): tokens that fit.
+    """
+
+    BLOCK = 256
+
+    def __init__(self, config: LlavaConfig, batch_size: int, capacity: int, dtype):
+        self.config, self.batch_size, self.capacity, self.dtype = config, batch_size, capacity, dtype
+        self.length = 0
+        self.keys = [None] * config.num_hidden_layers
+        self.values = [None] * config.num_hidden_layers
+        self._allocated = 0
+        self.bias = None  # [B, allocated] 0 where a key counts, MASKED at padding and past the length
+        self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more."""
+        needed = self.length + tokens
+        if needed > self.capacity:
+            raise UserError(f"{needed} tokens don't fit in a cache of {self.capacity}; ask new_cache for a larger capacity.")
+        if needed <= self._allocated:
+            return
+        # half as much again, so that a long answer is moved a few times only
+        size = min(self.capacity, -(-max(needed, self._allocated * 3 // 2) // self.BLOCK) * self.BLOCK)
+        shape = [self.batch_size, self.config.num_key_value_heads, size, self.config.head_dim]
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                tensors[i] = paddle.zeros(shape, self.dtype)
+                if self.length:
+                    tensors[i][:, :, : self.length] = old[:, :, : self.length]
+        bias = paddle.full([self.batch_size, size], MASKED, self.dtype)
+        if self.length:
+            bias[:, : self.length] = self.bias[:, : self.length]
+        self.bias, self._allocated = bias, size
+
+    def write(self, layer: int, key: paddle.Tensor, value: paddle.Tensor) -> None:
+        """Puts key and value [B, G, T, K] of the newest T tokens after the ``length`` that are held."""
+        stop = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : stop] = key
+        self.values[layer][:, :, self.length : stop] = value
+
+    def truncate(self, length: int) -> None:
+        """Forgets what follows the first ``length`` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"can't truncate a cache of {self.length} tokens to {length}")
+        if length < self.length:
+            self.bias[:, length : self.length] = MASKED
+            if self.positions is not None:
+                self.positions = self.positions - (self.length - length)
+            self.length = length
+
+    def reorder(self, rows: paddle.Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was (beam search)."""
+        for tensors in (self.keys, self.values):
+            for i, tensor in enumerate(tensors):
+                tensors[i] = paddle.index_select(tensor, rows, axis=0)
+        self.bias = paddle.index_select(self.bias, rows, axis=0)
+        if self.positions is not None:
+            self.positions = paddle.index_select(self.positions, rows, axis=0)
+
+
+class RotaryEmbedding:
+    """Cosines and sines of rotary positions (Su et al., 2021), with linear and dynamic (NTK) scaling.
+
+    No layer and no parameter: the tables are computed once per length that is seen, in float32.
+    """
+
+    def __init__(self, config: LlavaConfig):
+        self.width, self.theta = config.head_dim, float(config.rope_theta)
+        self.trained_length = config.max_position_embeddings
+        scaling = config.rope_scaling or {}
+        self.kind = scaling.get("type", scaling.get("rope_type"))
+        self.factor = float(scaling.get("factor", 1.0))
+        self._tables: Optional[Tuple[paddle.Tensor, paddle.Tensor]] = None
+        self._length = 0
+
+    def __call__(self, positions: paddle.Tensor, longest: int, dtype) -> Tuple[paddle.Tensor, paddle.Tensor]:
+        """positions [B, T] -> cos, sin [B, 1, T, K]; ``longest`` is the highest position plus one."""
+        dynamic = self.kind == "dynamic" and longest > self.trained_length
+        if dynamic:
+            cos, sin = self._compute(longest, longest)
+        else:
+            if longest > self._length:
+                # a length below the trained one is filled at once; above it, with some room
+                self._length = self.trained_length if longest <= self.trained_length else longest + 512
+                self._tables = self._compute(self._length, self.trained_length)
+            cos, sin = self._tables
+        flat = positions.flatten()
+        shape = [positions.shape[0], 1, positions.shape[1], self.width]
+        return tuple(paddle.gather(table, flat).reshape(shape).astype(dtype) for table in (cos, sin))
+
+    def _compute(self, length: int, context: int) -> Tuple[paddle.Tensor, paddle.Tensor]:
+        theta = self.theta
+        if self.kind == "dynamic" and context > self.trained_length:
+            stretch = self.factor * context / self.trained_length - (self.factor - 1)
+            theta = theta * stretch ** (self.width / (self.width - 2))
+        frequency = 1.0 / theta ** (paddle.arange(0, self.width, 2, dtype="float32") / self.width)
+        position = paddle.arange(length, dtype="float32")
+        if self.kind == "linear":
+            position = position / self.factor
+        angle = paddle.outer(position, frequency)
+        angle = paddle.concat([angle, angle], axis=-1)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+    """Rotates pairs (i, i + K/2) of [B, H, T, K] by their positions' angles."""
+    half = x.shape[-1] // 2
+    turned = paddle.concat([-x[..., half:], x[..., :half]], axis=-1)
+    return x * cos + turned * sin
+
+
+class LlamaRMSNorm(nn.Layer):
+    """Root mean square norm (Zhang & Sennrich, 2019), computed in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight = self.create_parameter([width], default_initializer=nn.initializer.Constant(1.0))
+        self.epsilon = epsilon
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        wide = x.astype("float32")
+        wide = wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return wide.astype(x.dtype) * self.weight
+
+
+class LlamaAttention(nn.Layer):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, self.heads * self.width, bias_attr=False)
+        self.k_proj = nn.Linear(width, self.groups * self.width, bias_attr=False)
+        self.v_proj = nn.Linear(width, self.groups * self.width, bias_attr=False)
+        self.o_proj = nn.Linear(self.heads * self.width, width, bias_attr=False)
+
+    def forward(self, hidden, cos, sin, bias, flash, cache: Optional[KVCache] = None, index: int = 0):
+        """hidden [B, T, D] -> [B, T, D]; with a cache the T tokens follow what it holds."""
+        batch, tokens, _ = hidden.shape
+
+        def split(x, heads):
+            return x.reshape([batch, tokens, heads, self.width]).transpose([0, 2, 1, 3])
+
+        query = rotate(split(self.q_proj(hidden), self.heads), cos, sin)
+        key = rotate(split(self.k_proj(hidden), self.groups), cos, sin)
+        value = split(self.v_proj(hidden), self.groups)
+        causal = True
+        if cache is not None:
+            cache.write(index, key, value)
+            if tokens == 1:
+                # one query sees every key that counts: the whole buffer under the cache's bias, nothing sliced or copied
+                key, value, causal = cache.keys[index], cache.values[index], False
+            elif cache.length:
+                stop = cache.length + tokens
+                key, value = cache.keys[index][:, :, :stop], cache.values[index][:, :, :stop]
+        context = attend(query, key, value, causal=causal, bias=bias, flash=flash)
+        return self.o_proj(context.transpose([0, 2, 1, 3]).reshape([batch, tokens, self.heads * self.width]))
+
+
+class LlamaMLP(nn.Layer):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
+
+    def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LlamaDecoderLayer(nn.Layer):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden, cos, sin, bias, flash, cache: Optional[KVCache] = None, index: int = 0):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, bias, flash, cache, index)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class LlamaDecoder(nn.Layer):
+    """Token embeddings, the layers and the last norm; embeddings [B, T, D] to hidden states [B, T, D]."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.LayerList([LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+        self.enable_recompute = False  # PretrainedModel.recompute_enable() sets it
+
+    def forward(
+        self,
+        inputs_embeds: paddle.Tensor,
+        attention_mask: Optional[paddle.Tensor] = None,
+        position_ids: Optional[paddle.Tensor] = None,
+        segment_ids: Optional[paddle.Tensor] = None,
+        cache: Optional[KVCache] = None,
+    ) -> paddle.Tensor:
+        """Reads T tokens.
+
+        Args:
+            inputs_embeds: [B, T, D].
+            attention_mask: [B, T], 0 at padding (either side); None when there is none.
+            position_ids: [B, T]; by default the number of real tokens before each one in its row.
+            segment_ids: [B, T], for packed rows: a token sees only its own segment. Not with a cache.
+            cache: the T tokens follow what it holds, and are added to it.
+
+        Returns:
+            hidden states [B, T, D] after the last norm; rows at padding hold no meaning.
+        """
+        batch, tokens, _ = inputs_embeds.shape
+        if attention_mask is not None and bool((attention_mask != 0).all()):
+            attention_mask = None
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            position_ids, longest = self._positions(batch, tokens, attention_mask, cache)
+        else:
+            longest = int(position_ids.max()) + 1
+        cos, sin = self.rotary(position_ids, longest, inputs_embeds.dtype)
+        bias = self._bias(attention_mask, segment_ids, cache, tokens, inputs_embeds.dtype)
+        flash = bool(self.config.use_flash_attention) and paddle.device.get_device().startswith("gpu") and tokens > 1
+
+        hidden = inputs_embeds
+        for index, layer in enumerate(self.layers):
+            if self.enable_recompute and self.training and not hidden.stop_gradient:
+                from paddle.distributed.fleet.utils import recompute
+
+                hidden = recompute(layer, hidden, cos, sin, bias, flash)
+            else:
+                hidden = layer(hidden, cos, sin, bias, flash, cache, index)
+        if cache is not None:
+            cache.length = past + tokens
+        return self.norm(hidden)
+
+    def _positions(self, batch, tokens, attention_mask, cache):
+        """[B, T] positions that padding doesn't count in, and the highest plus one."""
+        past = cache.length if cache is not None else 0
+        if attention_mask is None and (cache is None or cache.positions is None):
+            return paddle.arange(past, past + tokens).unsqueeze(0).expand([batch, tokens]), past + tokens
+        real = paddle.ones([batch, tokens], "int64") if attention_mask is None else attention_mask.astype("int64")
+        start = past if cache is None or cache.positions is None else cache.positions
+        ends = real.cumsum(axis=1) + start
+        if cache is not None:
+            cache.positions = ends[:, -1:]
+        return (ends - 1).clip(min=0), past + tokens
+
+    def _bias(self, attention_mask, segment_ids, cache, tokens, dtype):
+        """Additive [B, 1, 1 or T, S] of what padding, packing and the cache's spare room forbid; None for nothing."""
+        if cache is None:
+            bias = None
+            if segment_ids is not None:
+                same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
+                bias = ((1 - same.astype(dtype)) * MASKED).unsqueeze(1)
+            elif attention_mask is not None:
+                bias = ((1 - attention_mask.astype(dtype)) * MASKED).unsqueeze([1, 2])
+            return bias
+        cache.reserve(tokens)
+        stop = cache.length + tokens
+        cache.bias[:, cache.length : stop] = (
+            0.0 if attention_mask is None else (1 - attention_mask.astype(dtype)) * MASKED
+        )
+        if tokens == 1:
+            return cache.bias.unsqueeze([1, 2])
+        # with neither padding now nor earlier there is nothing to forbid but the future
+        if attention_mask is None and cache.positions is None:
+            return None
+        return cache.bias[:, :stop].unsqueeze([1, 2])
