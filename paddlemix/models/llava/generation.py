@@ -1,0 +1,261 @@
+"""Choosing tokens: greedy, sampling and beam search over a model with a cache.
+
+Shapes: B rows, V vocabulary, L new tokens.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from paddlemix.errors import UserError
+
+__all__ = ["GenerationSettings", "Sampler", "beam_search", "decode_steps"]
+
+STRATEGIES = ("greedy_search", "sampling", "beam_search")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What ``generate`` takes, under PaddleNLP's names, checked once.
+
+    Args:
+        max_new_tokens (int): at most so many new tokens.
+        min_new_tokens (int): no end token before so many.
+        decode_strategy (str): ``greedy_search``, ``sampling`` or ``beam_search``.
+        temperature (float): divides the logits when sampling; 0 is greedy.
+        top_k (int): sample among the k likeliest; 0 for all.
+        top_p (float): sample among the likeliest whose probabilities reach p (Holtzman et al., 2020).
+        repetition_penalty (float): divides the positive and multiplies the negative logits of tokens already in the
+            prompt or the answer (Keskar et al., 2019).
+        seed (int): makes sampling repeatable, whatever the device; None draws a new one.
+        num_beams, length_penalty, early_stopping: beam search; a beam's score is its log-probability divided by
+            ``length ** length_penalty``.
+        num_return_sequences (int): answers per prompt (sampling: draws; beam search: best beams).
+        eos_token_ids (list of int): end an answer. pad_token_id fills what follows.
+    """
+
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    decode_strategy: str = "greedy_search"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: Optional[int] = None
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    num_return_sequences: int = 1
+    eos_token_ids: List[int] = field(default_factory=list)
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        def require(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
+
+        require(self.max_new_tokens >= 1, "max_new_tokens", "a whole number of at least 1")
+        require(self.decode_strategy in STRATEGIES, "decode_strategy", "one of " + ", ".join(STRATEGIES))
+        require(self.temperature >= 0, "temperature", "0 (greedy) or more")
+        require(self.top_k >= 0, "top_k", "0 (all) or more")
+        require(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1")
+        require(self.repetition_penalty > 0, "repetition_penalty", "a number above 0")
+        require(self.num_return_sequences >= 1, "num_return_sequences", "a whole number of at least 1")
+        if self.decode_strategy == "beam_search":
+            require(self.num_beams >= 2, "num_beams", "at least 2 for beam_search")
+            require(self.num_return_sequences <= self.num_beams, "num_return_sequences", "at most num_beams")
+        elif self.decode_strategy == "greedy_search":
+            require(self.num_return_sequences == 1, "num_return_sequences", "1 with greedy_search")
+
+    @classmethod
+    def build(cls, config, generation_config, given: Dict[str, Any]) -> "GenerationSettings":
+        """From what a call gives, else the generation config, else the model's config.
+
+        Raises:
+            UserError: a name that nothing here reads.
+        """
+        values = {}
+        for name in (f.name for f in fields(cls)):
+            stored = getattr(generation_config, name, None)
+            if stored is not None and name not in ("early_stopping", "num_beams"):
+                values[name] = stored
+        given = dict(given)
+        if "max_length" in given:  # PaddleNLP's older name of the same
+            given.setdefault("max_new_tokens", given["max_length"])
+            del given["max_length"]
+        if not values.get("max_new_tokens"):
+            values["max_new_tokens"] = getattr(generation_config, "max_length", 0) or cls.max_new_tokens
+        eos = given.pop("eos_token_id", None)
+        if eos is None:
+            eos = getattr(generation_config, "eos_token_id", None)
+        if eos is None:
+            eos = config.eos_token_ids
+        values["eos_token_ids"] = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        if values.get("pad_token_id") is None:
+            pad = config.pad_token_id
+            values["pad_token_id"] = pad if pad is not None and pad >= 0 else (values["eos_token_ids"] or [0])[0]
+        given.pop("bos_token_id", None)  # PaddleNLP's callers pass it; the prompt has it already
+        unknown = sorted(set(given) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"generate() doesn't know {', '.join(unknown)}; it takes {', '.join(f.name for f in fields(cls))}."
+            )
+        values.update({name: value for name, value in given.items() if value is not None})
+        settings = cls(**values)
+        if settings.temperature == 0 and settings.decode_strategy == "sampling":
+            settings = replace(settings, decode_strategy="greedy_search", num_return_sequences=1)
+        return settings
+
+
+def penalise_repetition(scores: np.ndarray, seen: List[List[int]], penalty: float) -> np.ndarray:
+    """scores [B, V] with the tokens that each row has seen made less likely; placeholders (negative ids) don't count."""
+    scores = scores.copy()
+    for row, ids in enumerate(seen):
+        ids = np.unique([i for i in ids if i >= 0])
+        held = scores[row, ids]
+        scores[row, ids] = np.where(held > 0, held / penalty, held * penalty)
+    return scores
+
+
+class Sampler:
+    """Picks the next token of each row; keeps the random state.
+
+    Sampling runs on the host in float64 from a seeded NumPy generator, so a seed gives one answer on every device.
+    """
+
+    def __init__(self, settings: GenerationSettings):
+        self.settings = settings
+        self.greedy = settings.decode_strategy == "greedy_search" or settings.temperature == 0
+        self.random = np.random.default_rng(settings.seed)
+
+    def __call__(self, logits: paddle.Tensor, seen: List[List[int]], step: int) -> Tuple[np.ndarray, np.ndarray]:
+        """logits [B, V], what each row holds so far, how many tokens are new -> ids [B], log-probabilities [B].
+
+        The log-probability is that of the distribution the token was picked from by the model itself: before
+        temperature and cuts, after the repetition penalty.
+        """
+        settings = self.settings
+        scores = logits.astype("float32").numpy()
+        if settings.repetition_penalty != 1.0:
+            scores = penalise_repetition(scores, seen, settings.repetition_penalty)
+        if step < settings.min_new_tokens and settings.eos_token_ids:
+            scores = scores.copy()
+            scores[:, settings.eos_token_ids] = -np.inf
+        ids = scores.argmax(axis=1) if self.greedy else np.array([self._draw(row) for row in scores])
+        top = scores.max(axis=1)
+        partition = np.exp(scores - top[:, None]).sum(axis=1)
+        log_probs = scores[np.arange(len(ids)), ids] - top - np.log(partition)
+        return ids, log_probs
+
+    def _draw(self, scores: np.ndarray) -> int:
+        """One draw from scores [V]."""
+        settings = self.settings
+        candidates = np.arange(scores.size)
+        if 0 < settings.top_k < scores.size:
+            candidates = np.argpartition(scores, -settings.top_k)[-settings.top_k :]
+        weights = scores[candidates].astype(np.float64) / settings.temperature
+        weights = np.exp(weights - weights.max())
+        weights /= weights.sum()
+        if settings.top_p < 1:
+            order = np.argsort(-weights, kind="stable")
+            before = np.cumsum(weights[order]) - weights[order]
+            kept = order[before < settings.top_p]  # the likeliest always stays
+            candidates, weights = candidates[kept], weights[kept] / weights[kept].sum()
+        return int(self.random.choice(candidates, p=weights))
+
+
+def decode_steps(
+    model, cache, logits: paddle.Tensor, sampler: Sampler, prompt_ids: List[List[int]], max_new_tokens: int
+) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
+    """Yields ids [B] and log-probabilities [B] of one step after another; rows that have ended get the pad id.
+
+    Args:
+        cache: holds the prompt; every token but the last one yielded is in it when the consumer gets the next.
+        logits: [B, V] after the prompt.
+        prompt_ids: of each row, for the repetition penalty.
+
+    Ends when every row has given an end token, or after ``max_new_tokens`` (the end token is yielded).
+    """
+    settings = sampler.settings
+    seen = [list(ids) for ids in prompt_ids]
+    ended = np.zeros(len(seen), dtype=bool)
+    for step in range(max_new_tokens):
+        ids, log_probs = sampler(logits, seen, step)
+        ids = np.where(ended, settings.pad_token_id, ids)
+        yield ids, np.where(ended, 0.0, log_probs)
+        ended |= np.isin(ids, settings.eos_token_ids)
+        if ended.all() or step + 1 == max_new_tokens:
+            return
+        for row, token in zip(seen, ids):
+            row.append(int(token))
+        logits = model.step(paddle.to_tensor(ids.reshape([-1, 1]), dtype="int64"), cache)
+
+
+def beam_search(
+    model, cache, logits: paddle.Tensor, settings: GenerationSettings, prompt_ids: List[List[int]]
+) -> Tuple[List[List[int]], List[float]]:
+    """Beam search over B prompts, of which the cache and logits [B, V] hold one row each.
+
+    Returns:
+        the best ``num_return_sequences`` id lists of each prompt, best first, and their scores (log-probability
+        divided by ``length ** length_penalty``).
+    """
+    prompts, beams, eos = len(prompt_ids), settings.num_beams, set(settings.eos_token_ids)
+    cache.reorder(paddle.to_tensor(np.repeat(np.arange(prompts), beams)))
+    logits = paddle.repeat_interleave(logits, beams, axis=0)
+    totals = np.full((prompts, beams), -np.inf)
+    totals[:, 0] = 0.0  # all beams of a prompt are the same at first
+    ids = [[[] for _ in range(beams)] for _ in range(prompts)]
+    finished: List[List[Tuple[float, List[int]]]] = [[] for _ in range(prompts)]
+    done = [False] * prompts
+    for step in range(settings.max_new_tokens):
+        if settings.repetition_penalty != 1.0:
+            seen = [list(prompt) + beam for prompt, held in zip(prompt_ids, ids) for beam in held]
+            penalised = penalise_repetition(logits.astype("float32").numpy(), seen, settings.repetition_penalty)
+            logits = paddle.to_tensor(penalised)
+        log_probs = F.log_softmax(logits.astype("float32"), axis=-1).numpy().reshape(prompts, beams, -1)
+        if step < settings.min_new_tokens and eos:
+            log_probs[..., list(eos)] = -np.inf
+        vocabulary = log_probs.shape[-1]
+        rows, tokens = [], []
+        for p in range(prompts):
+            scores = (totals[p][:, None] + log_probs[p]).ravel()
+            best = np.argpartition(-scores, 2 * beams - 1)[: 2 * beams]
+            best = best[np.argsort(-scores[best], kind="stable")]
+            kept_ids, kept_totals, kept_rows = [], [], []
+            for rank, flat in enumerate(best):
+                beam, token = divmod(int(flat), vocabulary)
+                if token in eos:
+                    if rank < beams:
+                        sequence = ids[p][beam] + [token]
+                        finished[p].append((scores[flat] / len(sequence) ** settings.length_penalty, sequence))
+                    continue
+                kept_ids.append(ids[p][beam] + [token])
+                kept_totals.append(scores[flat])
+                kept_rows.append(p * beams + beam)
+                if len(kept_ids) == beams:
+                    break
+            finished[p] = sorted(finished[p], key=lambda pair: -pair[0])[:beams]
+            if not done[p]:
+                ids[p], totals[p] = kept_ids, np.array(kept_totals)
+                if len(finished[p]) == beams:
+                    reachable = totals[p].max() / (step + 1) ** settings.length_penalty
+                    done[p] = settings.early_stopping or finished[p][-1][0] >= reachable
+            rows += kept_rows
+            tokens += [sequence[-1] for sequence in kept_ids]
+        if all(done) or step + 1 == settings.max_new_tokens:
+            break
+        cache.reorder(paddle.to_tensor(rows))
+        logits = model.step(paddle.to_tensor(tokens, dtype="int64").unsqueeze(1), cache)
+    sequences, scores = [], []
+    for p in range(prompts):
+        if not done[p]:
+            for sequence, total in zip(ids[p], totals[p]):
+                finished[p].append((total / len(sequence) ** settings.length_penalty, sequence))
+        for score, sequence in sorted(finished[p], key=lambda pair: -pair[0])[: settings.num_return_sequences]:
+            sequences.append(sequence)
+            scores.append(float(score))
+    return sequences, scores

@@ -1,0 +1,323 @@
+"""LlavaLlamaForCausalLM: a CLIP tower and a projector feed a LLaMA decoder (Liu et al., 2023a, 2023b).
+
+    pixel_values [N, 3, H, W] -> image_features [N, P, D] -> inputs_embeds [B, T, D] -> hidden [B, T, D] -> logits [B, T, V]
+
+Shapes: B batch, T tokens, N tiles, M pictures, P patches, D width, V vocabulary, H/W pixels.
+"""
+
+import logging
+from pathlib import Path
+from typing import List, Optional, Tuple, Union
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddlenlp.transformers import PretrainedModel
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.anyres import num_tiles, pack_image_features
+from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from paddlemix.models.llava.decoder import KVCache, LlamaDecoder
+from paddlemix.models.llava.generation import GenerationSettings, Sampler, beam_search, decode_steps
+from paddlemix.models.llava.merge import merge_image_features
+from paddlemix.models.llava.projector import build_projector
+from paddlemix.models.llava.vision_tower import CLIPVisionTower
+
+__all__ = ["LlavaLlamaForCausalLM", "LlavaModel", "LlavaOutput"]
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaOutput:
+    """What a forward gives.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: [B, T, V]; where labels were given they are computed when first read, as training needs them at the
+            labelled positions only.
+        hidden_states: [B, T, D] after the last norm.
+        label_logits, label_ids: [K, V] and [K] at the K positions that were trained, where labels were given.
+    """
+
+    def __init__(self, lm_head, hidden_states, loss=None, label_logits=None, label_ids=None):
+        self._lm_head, self._logits = lm_head, None
+        self.hidden_states, self.loss = hidden_states, loss
+        self.label_logits, self.label_ids = label_logits, label_ids
+
+    @property
+    def logits(self) -> paddle.Tensor:
+        if self._logits is None:
+            self._logits = self._lm_head(self.hidden_states)
+        return self._logits
+
+    def __getitem__(self, index):
+        """PaddleNLP's order: (loss, logits) where there is a loss, else (logits,)."""
+        parts = (self.logits,) if self.loss is None else (self.loss, self.logits)
+        return parts[index]
+
+
+class LlavaModel(LlamaDecoder):
+    """The decoder with the tower and the projector beside it, under the toolkit's names."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        if config.vision is not None:
+            self.vision_tower = CLIPVisionTower(
+                config.vision, config.mm_vision_select_layer, config.mm_vision_select_feature
+            )
+            self.mm_projector = build_projector(config)
+            if "unpad" in config.mm_patch_merge_type:
+                scale = nn.initializer.Normal(std=config.hidden_size**-0.5)
+                self.image_newline = self.create_parameter([config.hidden_size], default_initializer=scale)
+
+
+class LlavaLlamaForCausalLM(PretrainedModel):
+    """The language model that sees.
+
+    Example:
+
+        model = LlavaLlamaForCausalLM.from_pretrained("llava-v1.5-7b")
+        processor = LlavaProcessor.from_pretrained("llava-v1.5-7b")
+        batch = processor(text="USER: <image>\\nWhat is this? ASSISTANT:", images=picture)
+        ids, scores = model.generate(**batch, max_new_tokens=64)
+    """
+
+    config_class = LlavaConfig
+    base_model_prefix = "llama"
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.llama = LlavaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
+
+    def _init_weights(self, layer: nn.Layer) -> None:
+        """PretrainedModel's hook: normal weights of ``initializer_range``, zero biases."""
+        if isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2D)):
+            layer.weight.set_value(paddle.normal(0.0, self.config.initializer_range, layer.weight.shape))
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.set_value(paddle.zeros_like(layer.bias))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.llama.embed_tokens
+
+    def get_output_embeddings(self) -> Optional[nn.Layer]:
+        return None if self.config.tie_word_embeddings else self.lm_head
+
+    # reading and writing
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Union[str, Path], *, config: Optional[LlavaConfig] = None, dtype=None
+    ) -> "LlavaLlamaForCausalLM":
+        """Opens any layout of interface section 4: a folder, or a name that is downloaded.
+
+        Args:
+            config: replaces the checkpoint's; its sizes must fit the weights.
+            dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU, whose eager
+                kernels have no other.
+
+        Raises:
+            UserError: unknown name, half a checkpoint, a tensor that is missing, unexpected or wrongly shaped.
+        """
+        from paddlemix.models.llava import checkpoint
+
+        folder = checkpoint.resolve(pretrained_model_name_or_path)
+        config = config or checkpoint.read_config(folder)
+        if dtype is None:
+            dtype = config.dtype if paddle.device.get_device().startswith("gpu") else "float32"
+        dtype = str(dtype).replace("paddle.", "")
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16.")
+        config.dtype = dtype
+        with checkpoint.no_init(dtype):
+            model = cls(config)
+        checkpoint.load_weights(model, folder, dtype)
+        model.eval()
+        return model
+
+    def save_pretrained(self, save_dir: Union[str, Path], *, state_dict=None, max_shard_size="5GB", **kwargs) -> None:
+        """Writes config.json, generation_config.json and safetensors (sharded above ``max_shard_size``)."""
+        from paddlemix.models.llava import checkpoint
+
+        self.config.validate()
+        checkpoint.save_model(self, save_dir, state_dict=state_dict, max_shard_size=max_shard_size)
+
+    # the flow
+
+    def encode_images(
+        self, pixel_values: paddle.Tensor, image_sizes: Optional[paddle.Tensor] = None
+    ) -> List[paddle.Tensor]:
+        """Pictures to features that stand in the prompt.
+
+        Args:
+            pixel_values: [N, 3, H, W], all tiles of all pictures, in order.
+            image_sizes: [M, 2], width and height in pixels; needed where pictures are cut into tiles or unpadded,
+                else every tile is a picture.
+
+        Returns:
+            M tensors [K_i, D].
+        """
+        config = self.config
+        if config.vision is None:
+            raise UserError("this checkpoint has no vision tower, so it can't take pictures; leave images out.")
+        if image_sizes is None:
+            if config.image_aspect_ratio == "anyres":
+                raise UserError("image_sizes is missing; an anyres model needs [M, 2] (width, height) beside pixel_values.")
+            side = config.vision.image_size
+            sizes = [(side, side)] * pixel_values.shape[0]
+        else:
+            sizes = [tuple(int(v) for v in size) for size in paddle.to_tensor(image_sizes).reshape([-1, 2]).tolist()]
+        tiles = [num_tiles(size, config) for size in sizes]
+        if sum(tiles) != pixel_values.shape[0]:
+            raise UserError(
+                f"pixel_values holds {pixel_values.shape[0]} tiles, but the {len(sizes)} picture(s) of image_sizes "
+                f"need {sum(tiles)}."
+            )
+        features = self.llama.vision_tower(pixel_values.astype(self.llama.embed_tokens.weight.dtype))
+        features = self.llama.mm_projector(features)  # [N, P, D]
+        newline = getattr(self.llama, "image_newline", None)
+        packed, start = [], 0
+        for size, count in zip(sizes, tiles):
+            packed.append(pack_image_features(features[start : start + count], size, config, newline))
+            start += count
+        return packed
+
+    def embed(self, input_ids: paddle.Tensor, image_features: Optional[List[paddle.Tensor]] = None) -> paddle.Tensor:
+        """[B, T] ids and the features of their placeholders -> inputs_embeds [B, T, D]."""
+        text_ids = paddle.where(input_ids == IMAGE_TOKEN_INDEX, paddle.zeros_like(input_ids), input_ids)
+        return merge_image_features(self.llama.embed_tokens(text_ids), input_ids, image_features)
+
+    def lm_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """hidden [..., D] -> logits [..., V]"""
+        if self.config.tie_word_embeddings:
+            return paddle.matmul(hidden, self.llama.embed_tokens.weight, transpose_y=True)
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        input_ids: Optional[paddle.Tensor] = None,
+        attention_mask: Optional[paddle.Tensor] = None,
+        pixel_values: Optional[paddle.Tensor] = None,
+        image_sizes: Optional[paddle.Tensor] = None,
+        labels: Optional[paddle.Tensor] = None,
+        position_ids: Optional[paddle.Tensor] = None,
+        segment_ids: Optional[paddle.Tensor] = None,
+        inputs_embeds: Optional[paddle.Tensor] = None,
+        loss_reduction: str = "mean",
+    ) -> LlavaOutput:
+        """One pass over whole sequences.
+
+        Args:
+            input_ids: [B, T]; IMAGE_TOKEN_INDEX wherever an image feature stands.
+            attention_mask: [B, T], 0 at padding on either side.
+            pixel_values: [N, 3, H, W], all tiles of all pictures of all rows, in order; None for text only.
+            image_sizes: [M, 2], width and height.
+            labels: [B, T], IGNORE_INDEX where nothing is trained; position t is predicted from t - 1.
+            position_ids, segment_ids: [B, T] of packed rows; a token sees its own segment only.
+            inputs_embeds: [B, T, D] in place of input_ids and pixel_values.
+            loss_reduction: ``mean`` over the labelled tokens of this call, or their ``sum``.
+        """
+        if inputs_embeds is None:
+            features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
+            inputs_embeds = self.embed(input_ids, features)
+        hidden = self.llama(inputs_embeds, attention_mask, position_ids, segment_ids)
+        if labels is None:
+            return LlavaOutput(self.lm_logits, hidden)
+        targets = labels[:, 1:].flatten()
+        places = paddle.nonzero(targets != IGNORE_INDEX).flatten()
+        if places.shape[0] == 0:
+            return LlavaOutput(self.lm_logits, hidden, loss=hidden.astype("float32").sum() * 0.0)
+        chosen = paddle.gather(hidden[:, :-1].flatten(0, 1), places)
+        label_ids = paddle.gather(targets, places)
+        label_logits = self.lm_logits(chosen)
+        loss = F.cross_entropy(label_logits.astype("float32"), label_ids, reduction=loss_reduction)
+        return LlavaOutput(self.lm_logits, hidden, loss, label_logits, label_ids)
+
+    # generation
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for ``capacity`` tokens of ``batch_size`` rows."""
+        return KVCache(self.config, batch_size, capacity, self.llama.embed_tokens.weight.dtype)
+
+    @paddle.no_grad()
+    def prefill(
+        self, inputs_embeds: paddle.Tensor, cache: KVCache, attention_mask: Optional[paddle.Tensor] = None
+    ) -> paddle.Tensor:
+        """Reads [B, T, D] into the cache; logits [B, V] after the last token."""
+        return self.lm_logits(self.llama(inputs_embeds, attention_mask, cache=cache)[:, -1])
+
+    @paddle.no_grad()
+    def step(self, ids: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
+        """Reads one token [B, 1] into the cache; logits [B, V] after it."""
+        return self.prefill(self.llama.embed_tokens(ids), cache)
+
+    @paddle.no_grad()
+    def generate(
+        self,
+        input_ids: paddle.Tensor,
+        attention_mask: Optional[paddle.Tensor] = None,
+        pixel_values: Optional[paddle.Tensor] = None,
+        image_sizes: Optional[paddle.Tensor] = None,
+        generation_config=None,
+        streamer=None,
+        **kwargs,
+    ) -> Tuple[paddle.Tensor, paddle.Tensor]:
+        """Continues prompts; PaddleNLP's convention.
+
+        Args:
+            input_ids, attention_mask, pixel_values, image_sizes: a batch from the processor; padding on the left.
+            generation_config: PaddleNLP's; default the model's own.
+            streamer: PaddleNLP's TextStreamer, for a batch of one.
+            kwargs: fields of :class:`GenerationSettings`, and ``eos_token_id`` (one or a list).
+
+        Returns:
+            ids [B * num_return_sequences, L], the new ones only, the end token included and then padded; and scores
+            [B * num_return_sequences, 1]: the mean log-probability of a row's tokens (beam search: the beam's score).
+        """
+        kwargs.pop("use_cache", None)  # PaddleNLP's callers pass it; there is always a cache
+        settings = GenerationSettings.build(self.config, generation_config or self.generation_config, kwargs)
+        if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
+            raise UserError("the prompts are padded on the right; pad on the left to generate (LlavaProcessor does).")
+        training = self.training
+        self.eval()
+        try:
+            prompts = [ids[ids >= 0].tolist() for ids in input_ids.numpy()]
+            draws = settings.num_return_sequences if settings.decode_strategy == "sampling" else 1
+            features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
+            inputs_embeds = self.embed(input_ids, features)
+            cache = self.new_cache(len(prompts), inputs_embeds.shape[1] + settings.max_new_tokens)
+            logits = self.prefill(inputs_embeds, cache, attention_mask)
+            if settings.decode_strategy == "beam_search":
+                rows, scores = beam_search(self, cache, logits, settings, prompts)
+            else:
+                if draws > 1:
+                    order = paddle.arange(len(prompts)).repeat_interleave(draws)
+                    cache.reorder(order)
+                    logits = paddle.index_select(logits, order, axis=0)
+                    prompts = [ids for ids in prompts for _ in range(draws)]
+                rows, scores = self._collect(cache, logits, settings, prompts, streamer)
+        finally:
+            if training:
+                self.train()
+        longest = max(len(row) for row in rows)
+        padded = [row + [settings.pad_token_id] * (longest - len(row)) for row in rows]
+        return paddle.to_tensor(padded, dtype="int64"), paddle.to_tensor(scores, dtype="float32").unsqueeze(1)
+
+    def _collect(self, cache, logits, settings, prompts, streamer):
+        """Runs decode_steps to its end: the ids of each row up to its end token, and their mean log-probability."""
+        rows, totals = [[] for _ in prompts], [0.0] * len(prompts)
+        ended = [False] * len(prompts)
+        sampler = Sampler(settings)
+        for ids, log_probs in decode_steps(self, cache, logits, sampler, prompts, settings.max_new_tokens):
+            for row, (token, log_prob) in enumerate(zip(ids, log_probs)):
+                if not ended[row]:
+                    rows[row].append(int(token))
+                    totals[row] += float(log_prob)
+                    ended[row] = int(token) in settings.eos_token_ids
+            if streamer is not None:
+                streamer.put(paddle.to_tensor(ids))
+        if streamer is not None:
+            streamer.end()
+        return rows, [total / len(row) for total, row in zip(totals, rows)]
