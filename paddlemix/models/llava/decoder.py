@@ -42,7 +42,9 @@ class KVCache:
         """Makes room for ``tokens`` more."""
         needed = self.length + tokens
         if needed > self.capacity:
-            raise UserError(f"{needed} tokens don't fit in a cache of {self.capacity}; ask new_cache for a larger capacity.")
+            raise UserError(
+                f"{needed} tokens don't fit in a cache of {self.capacity}; ask new_cache for a larger capacity."
+            )
         if needed <= self._allocated:
             return
         # half as much again, so that a long answer is moved a few times only

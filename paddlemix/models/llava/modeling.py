@@ -164,7 +164,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             raise UserError("this checkpoint has no vision tower, so it can't take pictures; leave images out.")
         if image_sizes is None:
             if config.image_aspect_ratio == "anyres":
-                raise UserError("image_sizes is missing; an anyres model needs [M, 2] (width, height) beside pixel_values.")
+                raise UserError(
+                    "image_sizes is missing; an anyres model needs [M, 2] (width, height) beside pixel_values."
+                )
             side = config.vision.image_size
             sizes = [(side, side)] * pixel_values.shape[0]
         else:

@@ -20,7 +20,9 @@ def build_projector(config: LlavaConfig) -> nn.Layer:
         return nn.Linear(wide, width)
     if kind == "identity":
         if wide != width:
-            raise UserError(f"mm_projector_type is 'identity', but the tower gives {wide} and the decoder takes {width}.")
+            raise UserError(
+                f"mm_projector_type is 'identity', but the tower gives {wide} and the decoder takes {width}."
+            )
         return nn.Identity()
     depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if depth is None:

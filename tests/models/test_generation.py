@@ -1,0 +1,101 @@
+"""Greedy, sampling and beam search against transformers and against the distribution they should draw from."""
+
+from dataclasses import replace
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.generation import GenerationSettings, Sampler, penalise_repetition
+
+from .test_decoder import golden, model  # noqa: F401  fixtures
+
+SAMPLING = GenerationSettings(decode_strategy="sampling", temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.4)
+
+
+@pytest.mark.parametrize("beams, penalty", [(3, 1.0), (4, 2.0), (2, 0.0)])
+def test_beam_search_equals_transformers(golden, model, beams, penalty):  # noqa: F811
+    ids, scores = model.generate(
+        paddle.to_tensor(golden["short"]),
+        max_new_tokens=10,
+        decode_strategy="beam_search",
+        num_beams=beams,
+        length_penalty=penalty,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    assert ids.numpy().tolist() == golden[f"beam_{beams}_{penalty}"].tolist()
+    assert scores.shape == [2, 1]
+
+
+def test_draws_follow_the_distribution_of_transformers_warpers(golden):  # noqa: F811
+    expected = golden["warped"][0]
+    sampler = Sampler(replace(SAMPLING, seed=0))
+    logits = paddle.to_tensor(golden["scores"])
+    draws = [int(sampler(logits, golden["short"][:1].tolist(), 0)[0][0]) for _ in range(4000)]
+    counts = np.bincount(draws, minlength=64) / len(draws)
+    assert set(np.nonzero(counts)[0]) <= set(np.nonzero(expected)[0])
+    np.testing.assert_allclose(counts, expected, atol=0.03)
+
+
+def test_a_seed_gives_one_answer(golden, model):  # noqa: F811
+    def answer(seed):
+        prompt = paddle.to_tensor(golden["short"][:1])
+        return model.generate(prompt, decode_strategy="sampling", max_new_tokens=20, seed=seed)[0].tolist()
+
+    assert answer(7) == answer(7)
+    assert answer(7) != answer(8)
+
+
+def test_greedy_equals_the_argmax_of_full_forwards(golden, model):  # noqa: F811
+    ids, scores = model.generate(paddle.to_tensor(golden["short"]), max_new_tokens=12, eos_token_id=[])
+    sequence, total = golden["short"], 0.0
+    for _ in range(12):
+        logits = model(paddle.to_tensor(sequence)).logits[:, -1]
+        best = logits.argmax(-1, keepdim=True)
+        total += paddle.take_along_axis(paddle.nn.functional.log_softmax(logits), best, 1).numpy()
+        sequence = np.concatenate([sequence, best.numpy()], axis=1)
+    assert ids.tolist() == sequence[:, golden["short"].shape[1] :].tolist()
+    np.testing.assert_allclose(scores.numpy(), total / 12, atol=1e-4)
+
+
+def test_rows_end_at_their_own_end_token(golden, model):  # noqa: F811
+    free = model.generate(paddle.to_tensor(golden["short"]), max_new_tokens=8, eos_token_id=[])[0].numpy()
+    end = int(free[0, 2])
+    ids = model.generate(paddle.to_tensor(golden["short"]), max_new_tokens=8, eos_token_id=end, pad_token_id=0)[0]
+    first = free[0].tolist().index(end)
+    assert ids[0].tolist()[: first + 1] == free[0].tolist()[: first + 1]
+    assert set(ids[0].tolist()[first + 1 :]) <= {0}
+
+
+def test_repetition_penalty_leaves_placeholders_out():
+    scores = penalise_repetition(np.array([[2.0, -2.0, 4.0]]), [[0, 1, -200]], 2.0)
+    assert scores.tolist() == [[1.0, -4.0, 4.0]]
+
+
+def test_several_draws_per_prompt(golden, model):  # noqa: F811
+    ids, _ = model.generate(
+        paddle.to_tensor(golden["short"]), decode_strategy="sampling", num_return_sequences=3, max_new_tokens=4, seed=1
+    )
+    assert ids.shape[0] == 6 and len({tuple(row) for row in ids.tolist()}) > 2
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"temprature": 1}, "doesn't know temprature"),
+        ({"top_p": 0}, "top_p is 0; expected"),
+        ({"decode_strategy": "greedy"}, "decode_strategy is 'greedy'; expected one of"),
+        ({"decode_strategy": "beam_search", "num_beams": 1}, "num_beams is 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(model, given, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        model.generate(paddle.ones([1, 2], "int64"), **given)
+
+
+def test_right_padding_is_refused(model):  # noqa: F811
+    with pytest.raises(UserError, match="pad on the left"):
+        model.generate(paddle.ones([1, 3], "int64"), attention_mask=paddle.to_tensor([[1, 1, 0]]))

@@ -1,0 +1,139 @@
+"""The composed model: loss, outputs, projectors, what it refuses."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+
+VISION = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+)
+SIZES = dict(
+    vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2
+)
+IMAGE = -200
+
+
+def build(**changes):
+    paddle.seed(0)
+    model = LlavaLlamaForCausalLM(LlavaConfig(**{**SIZES, "vision_config": VISION, **changes}))
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def picture(seed=0, count=1):
+    return paddle.to_tensor(np.random.default_rng(seed).normal(size=(count, 3, 8, 8)).astype("float32"))
+
+
+PROMPT = [1, IMAGE, IMAGE, IMAGE, IMAGE, 7, 8, 9]
+
+
+def test_loss_is_the_mean_or_sum_over_labelled_tokens(model):
+    ids = paddle.to_tensor([PROMPT])
+    labels = paddle.to_tensor([[-100] * 6 + [8, 9]])
+    out = model(ids, pixel_values=picture(), labels=labels)
+    log_probs = F.log_softmax(model(ids, pixel_values=picture()).logits[0], axis=-1)
+    expected = -(log_probs[5, 8] + log_probs[6, 9])
+    np.testing.assert_allclose(float(out.loss), float(expected) / 2, rtol=1e-5)
+    total = model(ids, pixel_values=picture(), labels=labels, loss_reduction="sum").loss
+    np.testing.assert_allclose(float(total), float(expected), rtol=1e-5)
+    np.testing.assert_allclose(out.logits.numpy()[0, 5:7], out.label_logits.numpy(), atol=1e-5)
+    assert out.label_ids.tolist() == [8, 9] and out.logits.shape == [1, 8, 50]
+
+
+def test_a_token_that_the_model_is_sure_of_still_counts(model):
+    # a loss of zero is a loss: the mean is over labels, not over what is above zero
+    ids = paddle.to_tensor([[3, 4, 5]])
+    sure = build()
+    with paddle.no_grad():
+        sure.lm_head.weight.set_value(paddle.zeros_like(sure.lm_head.weight))
+        sure.lm_head.weight[:, 4] = 1e4 * F.normalize(sure(ids).hidden_states[0, 0], axis=0)
+    out = sure(ids, labels=paddle.to_tensor([[-100, 4, 6]]))
+    log_probs = F.log_softmax(sure(ids).logits[0], axis=-1)
+    assert float(log_probs[0, 4]) == 0.0
+    np.testing.assert_allclose(float(out.loss), -float(log_probs[1, 6]) / 2, rtol=1e-5)
+
+
+def test_no_label_is_no_loss_but_still_a_graph():
+    model = build()
+    loss = model(paddle.to_tensor([[3, 4]]), labels=paddle.to_tensor([[-100, -100]])).loss
+    loss.backward()
+    assert float(loss) == 0.0
+    assert float(model.llama.embed_tokens.weight.grad.abs().sum()) == 0.0
+
+
+@pytest.mark.parametrize("kind, width", [("linear", 16), ("mlp1x_gelu", 16), ("mlp3x_gelu", 16), ("identity", 24)])
+def test_projectors_reach_the_decoders_width(kind, width):
+    model = build(mm_projector_type=kind, vision_config={**VISION, "hidden_size": width})
+    (features,) = model.encode_images(picture())
+    assert features.shape == [4, 24]
+
+
+def test_the_class_token_is_kept_on_request():
+    (features,) = build(mm_vision_select_feature="cls_patch").encode_images(picture())
+    assert features.shape == [5, 24]
+
+
+@pytest.mark.parametrize("layer, built", [(-1, 3), (-2, 2), (1, 1), (0, 0)])
+def test_layers_after_the_selected_one_are_not_built(layer, built):
+    tower = build(mm_vision_select_layer=layer).llama.vision_tower.vision_tower.vision_model
+    assert len(tower.transformer.layers) == built
+
+
+def test_tied_embeddings_have_no_head():
+    model = build(tie_word_embeddings=True)
+    assert not any(name.startswith("lm_head") for name in model.state_dict())
+    out = model(paddle.to_tensor([[3, 4]]))
+    expected = out.hidden_states @ model.llama.embed_tokens.weight.T
+    np.testing.assert_allclose(out.logits.numpy(), expected.numpy(), atol=1e-5)
+
+
+def test_recompute_changes_no_gradient():
+    gradients = []
+    for enabled in (False, True):
+        model = build()
+        model.train()
+        if enabled:
+            model.recompute_enable()
+        ids = paddle.to_tensor([PROMPT])
+        model(ids, pixel_values=picture(), labels=paddle.to_tensor([[-100] * 6 + [8, 9]])).loss.backward()
+        gradients.append({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], gradient, atol=1e-6, err_msg=name)
+
+
+def test_pictures_without_a_tower_are_refused():
+    with pytest.raises(UserError, match="no vision tower"):
+        build(vision_config=None)(paddle.to_tensor([PROMPT]), pixel_values=picture())
+
+
+def test_the_number_of_tiles_must_fit_the_pictures(model):
+    with pytest.raises(UserError, match=r"holds 2 tiles, but the 1 picture\(s\) of image_sizes need 1"):
+        model.encode_images(picture(count=2), paddle.to_tensor([[8, 8]]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mm_projector_type": "qformer"}, "mm_projector_type is 'qformer'; expected linear"),
+        ({"mm_patch_merge_type": "stack"}, "mm_patch_merge_type is 'stack'; expected one of flat"),
+        ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints names no canvas"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "expected a type of linear or dynamic"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"conversation_template": "vicuna"}, "conversation_template is 'vicuna'; expected one of"),
+        ({"mm_vision_select_layer": 9}, "expected a number from -4 to 3"),
+    ],
+)
+def test_a_configuration_that_cannot_be_honoured_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        build(**change)
