@@ -50,6 +50,7 @@ class KVCache:
         # half as much again, so that a long answer is moved a few times only
         size = min(self.capacity, -(-max(needed, self._allocated * 3 // 2) // self.BLOCK) * self.BLOCK)
         shape = [self.batch_size, self.config.num_key_value_heads, size, self.config.head_dim]
+        self._allocated = 0  # until every layer has moved: after an interruption the next call starts over
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
                 tensors[i] = paddle.zeros(shape, self.dtype)
@@ -70,8 +71,10 @@ class KVCache:
         """Forgets what follows the first ``length`` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"can't truncate a cache of {self.length} tokens to {length}")
+        if self.bias is not None:
+            # past the old length too: a forward that was interrupted has let positions in that it never finished
+            self.bias[:, length:] = MASKED
         if length < self.length:
-            self.bias[:, length : self.length] = MASKED
             if self.positions is not None:
                 self.positions = self.positions - (self.length - length)
             self.length = length
