@@ -9,7 +9,9 @@ Sizes are always (width, height), and so is every canvas of ``image_grid_pinpoin
 The numbers equal those of LLaVA-NeXT in transformers, whose lists are (height, width), and of the original release
 (``llava/mm_utils.py`` and ``llava/model/llava_arch.py``). The two differ in one place: the scaled side of the picture
 inside the canvas is ``int(x)`` in the original and ``int(round(x, 7))`` in transformers, which mends products such as
-35.99999999999999. The latter is used here, for it alone agrees with a count made without floating point noise.
+14.999999999999998. The latter is used here: it is the exact result, and the published LLaVA-NeXT processors count by
+it. With the canvases of LLaVA-1.6, 80 of all sizes below 2500 x 2500 (55 x 176, for one) get another number of rows or
+columns in the original.
 
 Nothing here needs Paddle except :func:`pack_image_features`, which imports it when it is called.
 """
