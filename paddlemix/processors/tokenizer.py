@@ -317,7 +317,7 @@ def _decoder_kinds(decoder: Optional[Dict[str, Any]]) -> set:
     return kinds
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1)
 def _byte_of_character() -> Dict[str, bytes]:
     """Byte-level BPE writes each byte as a printable character: its own where Latin-1 has one, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -152,12 +152,12 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> List[Mapping[str, s
 
 
 def get_template(name: Union[str, Template]) -> Template:
-    """The template of that name; a :class:`Template` is returned as it is.
+    """The template of that name; an object that can render is returned as it is.
 
     Raises:
         UserError: no such template; the message lists the names.
     """
-    if isinstance(name, Template):
+    if hasattr(name, "render_spans"):
         return name
     if name not in conv_templates:
         raise UserError(f"No conversation template {name!r}; expected one of {', '.join(conv_templates)}.")
