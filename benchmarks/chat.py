@@ -1,0 +1,137 @@
+"""Chat figures of this project beside transformers, in turn, on the same random weights.
+
+    python benchmarks/chat.py --peer-python PEER/bin/python [--shapes smollm2 tinyllama multihead] [--repeats 5]
+
+The peer's environment holds ``torch==2.13.0 "transformers<5"``. Both sides use two threads and float32. Prints
+a Markdown table per shape, and writes all figures to ``--output`` (JSON).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TURNS = 8
+
+
+class Worker:
+    """One side, alive in a process of its own, idle unless asked."""
+
+    def __init__(self, python: str, script: str, threads: int):
+        variables = dict(os.environ, OMP_NUM_THREADS=str(threads), FLAGS_paddle_num_threads=str(threads))
+        self.process = subprocess.Popen(
+            [python, str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+        self.process.stdout.readline()
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line[len("ANSWER ") :])
+        raise SystemExit(f"a worker ended with status {self.process.wait()}")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(shape, arguments):
+    """All figures of one shape: {side: {figure: number}}."""
+    from shapes import make_folder
+
+    folder = str(make_folder(shape, arguments.folder))
+    sides = {
+        "paddle": (sys.executable, "worker_paddle.py", {}),
+        "transformers": (arguments.peer_python, "worker_torch.py", {"keep_cache": True}),
+    }
+    figures = {side: {} for side in sides}
+    loads = {side: [] for side in sides}
+    workers = {}
+    for repeat in range(arguments.load_repeats):
+        for side, (python, script, _) in sides.items():
+            worker = Worker(python, script, arguments.threads)
+            loads[side].append(worker.ask(do="load", folder=folder))
+            if repeat + 1 < arguments.load_repeats:
+                worker.close()
+            else:
+                workers[side] = worker
+    for side, results in loads.items():
+        for name in ("seconds", "peak_mb", "weights_mb"):
+            figures[side]["load " + name] = statistics.median(result[name] for result in results)
+
+    def rounds(repeats, **request):
+        """One warm-up, then the median over repeats, the sides taking turns."""
+        collected = {side: [] for side in sides}
+        for repeat in range(repeats + 1):
+            for side, (_, _, extra) in sides.items():
+                answer = workers[side].ask(**request, **(extra if request["do"] == "chat" else {}))
+                if repeat:
+                    collected[side].append(answer)
+        return collected
+
+    collected = rounds(arguments.repeats, do="chat", turns=TURNS)
+    same = collected["paddle"][0]["answers"] == collected["transformers"][0]["answers"]
+    for side, answers in collected.items():
+        for turn in range(TURNS):
+            figures[side][f"first token, turn {turn + 1} (s)"] = statistics.median(a["first"][turn] for a in answers)
+    stock = [workers["transformers"].ask(do="chat", turns=TURNS, keep_cache=False) for _ in range(2)][1:]
+    figures["transformers, stock"] = {
+        f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in stock) for turn in range(TURNS)
+    }
+    for context in arguments.contexts:
+        for side, answers in rounds(arguments.repeats, do="decode", context=context).items():
+            figures[side][f"decode at {context} (tokens/s)"] = statistics.median(
+                a["tokens_per_second"] for a in answers
+            )
+    if arguments.batch:
+        for size in (1, arguments.batch):
+            for side, answers in rounds(2, do="batch", size=size).items():
+                figures[side][f"batch of {size} (tokens/s)"] = statistics.median(
+                    a["tokens_per_second"] for a in answers
+                )
+    for worker in workers.values():
+        worker.close()
+    return figures, same
+
+
+def table(shape, figures, same):
+    sides = list(figures)
+    lines = [f"\n### {shape}\n", "| figure | " + " | ".join(sides) + " | ratio |", "|---" * (len(sides) + 2) + "|"]
+    for name in figures["paddle"]:
+        values = [figures[side].get(name) for side in sides]
+        ratio = values[0] / values[1] if values[1] else None
+        cells = ["" if v is None else f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in values + [ratio]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append(f"\nGreedy answers of all turns {'equal' if same else 'DIFFER from'} transformers'.")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="python of the environment with torch and transformers")
+    parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--load-repeats", type=int, default=3)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
+    parser.add_argument("--batch", type=int, default=8, help="rows of the batch figure; 0 leaves it out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where the weights are kept")
+    parser.add_argument("--output", type=Path, help="JSON with all figures")
+    arguments = parser.parse_args()
+    everything = {}
+    for shape in arguments.shapes:
+        figures, same = measure(shape, arguments)
+        everything[shape] = figures
+        print(table(shape, figures, same), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(everything, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
