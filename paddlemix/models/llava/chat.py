@@ -70,7 +70,7 @@ class TurnStats:
 
     Attributes:
         prompt: the rendered text.
-        prompt_tokens: tokens of the prompt, image features included.
+        prompt_ids: its tokens; IMAGE_TOKEN_INDEX at every image feature.
         prefilled_tokens: those of them that had to be read; the others were cached.
         new_tokens: tokens of the answer, its end token included.
         seconds_to_first_token, seconds: from the question to the first and to the last token.
@@ -81,7 +81,7 @@ class TurnStats:
     """
 
     prompt: str = ""
-    prompt_tokens: int = 0
+    prompt_ids: List[int] = field(default_factory=list)
     prefilled_tokens: int = 0
     new_tokens: int = 0
     seconds_to_first_token: float = 0.0
@@ -292,17 +292,18 @@ class LlavaChat:
         self._rounds, self._waiting = self._rounds[:-1], last.pictures + self._waiting
         return last.question
 
-    def add_image(self, image: Any) -> Picture:
+    def add_image(self, image: Any, source: Optional[str] = None) -> Picture:
         """A further picture, from the next question on.
 
         Args:
             image: a path, a URL or an image.
+            source: where an image that is already open came from; only to name it.
 
         Raises:
             UserError: it can't be opened, or the model takes text only.
         """
         self._finish_running()
-        picture = self._open(image)
+        picture = self._open(image, source)
         self._waiting, self._spare = self._waiting + (picture,), ()
         return picture
 
@@ -373,9 +374,7 @@ class LlavaChat:
             )
         try:
             pictures = {
-                digest: replace(
-                    self._open(base64.b64decode(held["png"])), source=held["source"] and _text(held["source"])
-                )
+                digest: self._open(base64.b64decode(held["png"]), held["source"] and _text(held["source"]))
                 for digest, held in content["pictures"].items()
             }
             rounds = tuple(
@@ -518,7 +517,7 @@ class LlavaChat:
         waiting, spare: the pictures that are left for later questions.
         """
         started = time.perf_counter()
-        turn = self.stats.last = TurnStats(prompt=plan.text, prompt_tokens=len(plan.ids))
+        turn = self.stats.last = TurnStats(prompt=plan.text, prompt_ids=plan.ids)
         text = _AnswerText(self.processor.stream_decoder(), self.stop_strings)
         log_probs: List[float] = []
         try:
@@ -593,12 +592,11 @@ class LlavaChat:
             self._running.close()
             self._running = None
 
-    def _open(self, image: Any) -> Picture:
-        if isinstance(image, Picture):
-            return image
+    def _open(self, image: Any, source: Optional[str] = None) -> Picture:
         if self.config.vision is None:
             raise UserError("The model takes text only (its config has no vision_config); leave the picture out.")
-        source = str(image) if isinstance(image, (str, Path)) else None
+        if isinstance(image, (str, Path)) and not str(image).startswith("data:"):
+            source = str(image)
         opened = self.processor.load_image(image)
         return Picture(opened, self.processor.image_digest(opened), source)
 
@@ -639,28 +637,8 @@ class _AnswerText:
     def put(self, token: int) -> str:
         """Takes a token; what can be shown now, maybe nothing."""
         self.ids.append(token)
+        self._text += self.decoder.put(token)
         self._ends.append(len(self._text))
-        return self._take(self.decoder.put(token))
-
-    def end(self) -> str:
-        """What is left to show when no more tokens come."""
-        return ("" if self.stopped else self._take(self.decoder.end())) + self._show(len(self._text))
-
-    def result(self) -> Tuple[str, Optional[Tuple[int, ...]]]:
-        """The text that was shown, and its tokens; None where a token holds more than what was shown."""
-        answer = self._text[: self._shown].lstrip()
-        if not answer:
-            return "", None
-        for count, end in enumerate(self._ends, start=1):
-            if end >= self._shown:
-                beyond = (self._text + self._cut)[self._shown : end].strip()
-                return answer, None if beyond else tuple(self.ids[:count])
-        return answer, None
-
-    def _take(self, piece: str) -> str:
-        self._text += piece
-        if self._ends:
-            self._ends[-1] = len(self._text)
         found = [place for place in (self._text.find(stop, self._shown) for stop in self.stops) if place >= 0]
         if found:
             self.stopped = True
@@ -673,6 +651,21 @@ class _AnswerText:
                     held = length
                     break
         return self._show(len(self._text) - held)
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come. Bytes of a character that never came to its end are left out."""
+        return self._show(len(self._text))
+
+    def result(self) -> Tuple[str, Optional[Tuple[int, ...]]]:
+        """The text that was shown, and its tokens; None where a token holds more than what was shown."""
+        answer = self._text[: self._shown].lstrip()
+        if not answer:
+            return "", None
+        for count, end in enumerate(self._ends, start=1):
+            if end >= self._shown:
+                beyond = (self._text + self._cut)[self._shown : end].strip()
+                return answer, None if beyond else tuple(self.ids[:count])
+        return answer, None
 
     def _show(self, end: int) -> str:
         begin = max(self._shown, len(self._text) - len(self._text.lstrip()))
