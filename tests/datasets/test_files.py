@@ -64,7 +64,7 @@ def test_a_bad_first_line_is_a_bad_line(tmp_path):
 
 def test_a_row_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes('{"a": "ok"}\n'.encode() + '{"a": "é"}\n'.encode("latin-1"))
+    path.write_bytes(b'{"a": "ok"}\n' + '{"a": "é"}\n'.encode("latin-1"))
     file = RowFile(path)
     assert file[0] == {"a": "ok"}
     with pytest.raises(UserError, match=r"a\.jsonl:2: the row isn't UTF-8"):
