@@ -302,7 +302,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     Image.init()  # all of PIL's plugins; the second call does nothing
     try:
         with _open_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
+            warnings.simplefilter("ignore")  # of bombs and broken tags; what matters is an error below
             image = Image.open(file, formats=tuple(kind for kind in FORMATS if kind in Image.OPEN))
     except Image.UnidentifiedImageError:
         raise UserError(
@@ -385,7 +385,7 @@ def _to_bytes(values: np.ndarray, mode: str, file_format: Optional[str]) -> np.n
         low = 0.0
         high = 1.0 if mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    return np.rint((values - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
