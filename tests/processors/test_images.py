@@ -234,6 +234,10 @@ def test_exif_rotation_is_applied():
         # a PIL image that was opened but not turned is turned too
         opened = load_image(Image.open(io.BytesIO(encode(photo, exif=exif))))
         assert image_digest(opened) == image_digest(image)
+        for kind in ("PNG", "JPEG", "WEBP", "TIFF"):  # loaded twice, turned once
+            once = load_image(encode(photo.convert("RGB"), kind, exif=exif))
+            assert once.size == turned.size
+            assert image_digest(load_image(once)) == image_digest(once)
 
 
 def test_a_broken_exif_block_does_not_cost_the_picture():
