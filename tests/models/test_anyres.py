@@ -21,7 +21,9 @@ SETTINGS = json.loads(str(GOLDEN["settings"]))
 SIZES = GOLDEN["sizes"].tolist()
 
 
-def make_config(edge=30, patch=10, canvases=((60, 30), (30, 60), (60, 60)), ratio="anyres", merge="spatial_unpad", **kw):
+def make_config(
+    edge=30, patch=10, canvases=((60, 30), (30, 60), (60, 60)), ratio="anyres", merge="spatial_unpad", **kw
+):
     """What the functions read of a LlavaConfig; the real one needs PaddleNLP and is used below once."""
     side = edge // patch
     vision = SimpleNamespace(image_size=edge, patch_size=patch, grid_size=side, num_patches=side * side)
@@ -40,8 +42,7 @@ def test_grids_tiles_and_feature_counts_equal_transformers(name):
     edge, patch, canvases = SETTINGS[name]
     config = make_config(edge, patch, canvases)
     table = [
-        [*grid_shape(size, canvases, edge), num_tiles(size, config), num_image_features(size, config)]
-        for size in SIZES
+        [*grid_shape(size, canvases, edge), num_tiles(size, config), num_image_features(size, config)] for size in SIZES
     ]
     assert len(table) > 2500
     np.testing.assert_array_equal(table, GOLDEN[f"{name}/table"])
