@@ -1,0 +1,575 @@
+"""Checkpoints: any published layout, told from what its folder holds, becomes the weights of a model, and back.
+
+    name or folder -> folder (hub.py) -> LlavaConfig (published_configs.py)
+                                      -> stored tensors (tensor_files.py, unpickling.py) -> our names (layouts.py) -> model
+
+Loading is strict, streams tensor by tensor, and runs no code of the checkpoint's.
+"""
+
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+
+import numpy as np
+import paddle
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava import layouts, published_configs
+from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.hub import resolve, resolve_tower
+from paddlemix.models.llava.tensor_files import (
+    FLOAT_DTYPES,
+    WEIGHT_FILES,
+    StoredTensor,
+    TensorSpec,
+    convert,
+    fill,
+    find_weights,
+    numpy_dtype,
+    open_tensor_file,
+    open_weights,
+    read_json,
+    write_weights,
+)
+
+__all__ = [
+    "LORA_CONFIG",
+    "LORA_WEIGHTS",
+    "NON_LORA_WEIGHTS",
+    "Source",
+    "collect",
+    "load_projector",
+    "load_tower",
+    "load_weights",
+    "lora_base",
+    "merge_lora",
+    "no_init",
+    "read_config",
+    "resolve",
+    "save_model",
+    "save_weights",
+]
+
+logger = logging.getLogger(__name__)
+
+LORA_CONFIG = "lora_config.json"
+LORA_WEIGHTS = ("lora_model_state.safetensors", "lora_model_state.pdparams")
+NON_LORA_WEIGHTS = "non_lora_state.safetensors"
+
+_WORKERS = min(4, os.cpu_count() or 1)
+_ALIGNMENT = 64  # bytes; what vector instructions and Paddle's own allocator use
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: the stored tensor, its published name, and whether its axes are swapped."""
+
+    tensor: StoredTensor
+    published: str
+    transpose: bool
+
+    @property
+    def shape(self) -> Tuple[int, ...]:
+        return self.tensor.shape[::-1] if self.transpose else self.tensor.shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config
+
+
+def read_config(folder: Union[str, Path]) -> LlavaConfig:
+    """The configuration of a checkpoint in any layout of interface section 4.
+
+    Raises:
+        UserError: no config.json, or one that the model can't honour; it names the key and what was expected.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        base = lora_base(folder)
+        if base is not None:
+            return read_config(base)
+        raise _no_checkpoint(folder)
+    raw = read_json(path)
+    kind = published_configs.kind_of(raw, path)
+    if kind == "nested":
+        values = published_configs.read_nested(raw, path, published_configs.pads_pictures(folder))
+    else:
+        values = published_configs.read_flat(raw, path, lambda name: _tower_sizes(name, folder), kind == "text")
+    ends = published_configs.end_tokens(folder)
+    if ends is not None:
+        values["eos_token_id"] = ends
+    values["conversation_template"] = published_configs.conversation_template(raw, folder)
+    try:
+        return LlavaConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} holds a value of the wrong kind ({error}); expected the sizes of a LLaVA model."
+        ) from error
+
+
+def _no_checkpoint(folder: Path) -> UserError:
+    inside = published_configs.files_of(folder)
+    runs = sorted((name for name in inside if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
+    if runs:
+        return UserError(f"{folder} has no config.json of its own; open its last checkpoint, {folder / runs[-1]}.")
+    held = f"it holds {', '.join(inside[:6])}" if inside else "it is empty"
+    return UserError(
+        f"{folder} is no checkpoint ({held}); expected config.json, the tokenizer's files, preprocessor_config.json and "
+        f"weights ({', '.join(name for name in WEIGHT_FILES if not name.endswith('.index.json'))})."
+    )
+
+
+def _tower_sizes(name: str, folder: Path) -> Dict[str, Any]:
+    """Sizes of the CLIP tower of a flat checkpoint without a vision_config of its own."""
+    shapes, hint = {}, published_configs.KNOWN_TOWERS.get(name)
+    for published, tensor in open_weights(folder).items() if find_weights(folder) else ():
+        known, target = layouts.read_name(published)
+        if known and target is not None and target.startswith(layouts.TOWER):
+            shapes[target] = tuple(tensor.shape)
+    base = name.rstrip("/").split("/")[-1]
+    if not shapes or not hint or tuple(shapes.get(layouts.TOWER + "class_embedding", ())) != (hint["hidden_size"],):
+        for place in (folder / "vision_tower", folder / base, folder.parent / base, Path(name).expanduser()):
+            config = place / "config.json"
+            if place != folder and config.is_file():
+                return published_configs.clip_sizes(read_json(config), config)
+    if shapes:
+        return published_configs.infer_clip_sizes(shapes, name, folder, hint)
+    if hint:
+        return dict(hint)
+    config = resolve_tower(name, folder, paddle_first=_is_toolkit_folder(folder)) / "config.json"
+    return published_configs.clip_sizes(read_json(config), config)
+
+
+def _is_toolkit_folder(folder: Path) -> bool:
+    return bool(find_weights(folder)) and layouts.is_toolkit(open_weights(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a folder holds, under our names
+
+
+def collect(folder: Path, config: LlavaConfig) -> Tuple[Dict[str, Source], List[str]]:
+    """Our name -> source for every tensor of a checkpoint, its tower included, and the names that no layout knows.
+
+    Tensors that LLaVA never uses (rotary tables, the text tower of a full CLIP, …) are left out.
+    """
+    tensors = open_weights(folder)
+    toolkit = layouts.is_toolkit(tensors)
+    sources: Dict[str, Source] = {}
+    unknown: List[str] = []
+    for published, tensor in tensors.items():
+        known, place = layouts.place_in(published, toolkit)
+        if not known:
+            unknown.append(published)
+        elif place.name is not None:
+            _put(sources, place.name, Source(tensor, published, place.transpose), folder)
+    has_tower = any(name.startswith(layouts.TOWER) for name in sources)
+    if config.vision is not None and not has_tower:
+        if not config.mm_vision_tower:
+            raise UserError(
+                f"{folder} has no vision tower inside, and its config.json no mm_vision_tower that names one."
+            )
+        tower = resolve_tower(config.mm_vision_tower, folder, paddle_first=toolkit)
+        more, unknown_more = collect_tower(tower)
+        sources.update(more)
+        unknown += unknown_more
+    return sources, unknown
+
+
+def collect_tower(folder: Path) -> Tuple[Dict[str, Source], List[str]]:
+    """The same for the folder of a CLIP tower alone, PaddleNLP's or Hugging Face's."""
+    tensors = open_weights(folder)
+    paddle_names = layouts.is_paddle_tower(tensors)
+    sources: Dict[str, Source] = {}
+    unknown: List[str] = []
+    for published, tensor in tensors.items():
+        known, target = layouts.read_tower_name(published)
+        if not known:
+            unknown.append(published)
+        elif target is not None:
+            transpose = layouts.is_linear(target) and not paddle_names
+            _put(sources, target, Source(tensor, published, transpose), folder)
+    if not sources:
+        raise UserError(f"{folder} holds no CLIP vision tower ({', '.join(unknown[:3])}, …); expected CLIP's ViT.")
+    return sources, unknown
+
+
+def _put(sources: Dict[str, Source], name: str, source: Source, folder: Path) -> None:
+    if name in sources:
+        raise UserError(f"{folder} holds {source.published} and {sources[name].published}, which are the same tensor.")
+    sources[name] = source
+
+
+def _never_used(name: str, config: LlavaConfig, folder: Path) -> bool:
+    """Whether a tensor that the model hasn't is one that LLaVA's forward never reaches."""
+    if name == layouts.HEAD:
+        return config.tie_word_embeddings
+    if name == layouts.NEWLINE:
+        # the toolkit's class makes one always; where config.json has no merge type, nothing reads it
+        return "unpad" not in config.mm_patch_merge_type and "mm_patch_merge_type" not in read_json(
+            folder / "config.json"
+        )
+    if not name.startswith(layouts.TOWER) or config.vision is None:
+        return False
+    layer = re.match(r"transformer\.layers\.(\d+)\.", name[len(layouts.TOWER) :])
+    if layer is not None:
+        return int(layer.group(1)) < config.vision.num_hidden_layers  # after the selected one, so not built
+    return name[len(layouts.TOWER) :].startswith("ln_post.")
+
+
+def _some(names: List[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def check(
+    expected: Mapping[str, Tuple[int, ...]],
+    sources: Mapping[str, Source],
+    unknown: List[str],
+    config: LlavaConfig,
+    folder: Path,
+) -> None:
+    """Holds what a folder has against what the model needs.
+
+    Args:
+        expected: our name -> shape.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, wrongly shaped, or holds no floating-point numbers.
+    """
+    unexpected = unknown + [
+        sources[name].published for name in sources if name not in expected and not _never_used(name, config, folder)
+    ]
+    missing = [name for name in expected if name not in sources]
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} tensor(s) that its config.json needs: {_some(missing)}")
+    if unexpected:
+        problems.append(f"has {len(unexpected)} tensor(s) that its config.json has no place for: {_some(unexpected)}")
+    wrong = [name for name in expected if name in sources and tuple(sources[name].shape) != tuple(expected[name])]
+    if wrong:
+        each = [
+            f"{sources[name].published} is {list(sources[name].tensor.shape)}, expected "
+            f"{list(expected[name][::-1] if sources[name].transpose else expected[name])}"
+            for name in sorted(wrong)[:5]
+        ]
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        problems.append(f"has {len(wrong)} tensor(s) of another shape: {'; '.join(each)}{more}")
+    integers = [name for name in expected if name in sources and sources[name].tensor.dtype not in FLOAT_DTYPES]
+    if integers and not problems:
+        found = ", ".join(f"{sources[name].published} is {sources[name].tensor.dtype}" for name in integers[:3])
+        problems.append(f"has {len(integers)} tensor(s) that hold no floating-point numbers ({found})")
+    if problems:
+        raise UserError(f"{folder} does not fit the model: it {', and it '.join(problems)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# into the model
+
+
+@contextmanager
+def no_init(dtype: str = "float32") -> Iterator[None]:
+    """Layers built inside have parameters of ``dtype`` without memory and without values; ``load_weights`` gives both."""
+    from paddlenlp.transformers.model_utils import no_init_weights
+
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        with paddle.LazyGuard(), no_init_weights():
+            yield
+    finally:
+        paddle.set_default_dtype(before)
+
+
+def assign(parameter: paddle.Tensor, values: np.ndarray) -> None:
+    """Makes ``values`` (bfloat16 as uint16 bits) the numbers of a parameter; on a CPU without a copy."""
+    place = paddle.framework._current_expected_place()
+    parameter.get_tensor().set(values, place, place.is_cpu_place())
+
+
+def _empty(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
+    """Memory for a parameter, aligned."""
+    kind = numpy_dtype(dtype)
+    nbytes = TensorSpec(dtype, tuple(shape)).nbytes
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(kind).reshape(shape)
+
+
+def _dtype_of(parameter: paddle.Tensor) -> str:
+    return str(parameter.dtype).replace("paddle.", "")
+
+
+def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Source]) -> None:
+    """Reads, converts and assigns the parameters one after another; a few at a time are under way in threads."""
+
+    def load(name: str) -> np.ndarray:
+        parameter, source = parameters[name], sources[name]
+        values = _empty(tuple(parameter.shape), _dtype_of(parameter))
+        fill(values, _dtype_of(parameter), source.tensor, source.transpose)
+        return values
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        names = list(parameters)
+        pending = [pool.submit(load, name) for name in names[: 2 * _WORKERS]]
+        for i, name in enumerate(names):
+            assign(parameters[name], pending.pop(0).result())
+            if i + 2 * _WORKERS < len(names):
+                pending.append(pool.submit(load, names[i + 2 * _WORKERS]))
+
+
+def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Optional[str] = None) -> None:
+    """Fills a model, built under :func:`no_init` or not, from a checkpoint in any layout.
+
+    A LoRA folder's base is loaded and the adapter added to it. Peak memory is that of the weights in the model's dtype
+    plus some megabytes.
+
+    Args:
+        model: LlavaLlamaForCausalLM of the folder's config.
+        dtype: what the parameters are expected to be; they keep the dtype that they were built with.
+
+    Raises:
+        UserError: half a checkpoint, or a tensor that is missing, unexpected or wrongly shaped.
+    """
+    folder = Path(folder)
+    base = lora_base(folder)
+    if base is not None:
+        load_weights(model, base, dtype)
+        merge_lora(model, folder)
+        return
+    if not find_weights(folder):
+        if not (folder / "config.json").is_file():
+            raise _no_checkpoint(folder)
+        raise UserError(f"{folder} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}.")
+    parameters = dict(model.named_parameters())
+    sources, unknown = collect(folder, model.config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    check(shapes, sources, unknown, model.config, folder)
+    _stream(parameters, sources)
+
+
+def load_tower(model: paddle.nn.Layer, name_or_folder: Union[str, Path]) -> None:
+    """Fills the vision tower of a model from a CLIP checkpoint of its own (folder or name)."""
+    folder = resolve(name_or_folder)
+    sources, unknown = collect_tower(folder)
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith(layouts.TOWER)}
+    check({name: tuple(p.shape) for name, p in parameters.items()}, sources, unknown, model.config, folder)
+    _stream(parameters, sources)
+
+
+def load_projector(model: paddle.nn.Layer, path: Union[str, Path]) -> None:
+    """Fills the projector from a file of its own (``pretrain_mm_mlp_adapter``).
+
+    Takes the original release's ``mm_projector.bin`` (``model.mm_projector.0.weight``), the toolkit's, and this
+    project's; a folder with such a file or with a whole checkpoint too. ``image_newline`` is taken if the model has it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pdparams")]
+        tensors = next((open_tensor_file(file) for file in found if file.is_file()), None) or open_weights(path)
+    elif path.is_file():
+        tensors = open_tensor_file(path)
+    else:
+        raise UserError(f"There is no projector at {path}; expected mm_projector.bin (pretrain_mm_mlp_adapter).")
+    toolkit = layouts.is_toolkit(tensors) or path.suffix == ".pdparams"
+    parts = (layouts.PROJECTOR, layouts.NEWLINE)
+    sources: Dict[str, Source] = {}
+    for published, tensor in tensors.items():
+        # DeepSpeed and PEFT put prefixes of their own before the original's names
+        match = re.search(
+            r"(?:(?:llama|model)\.)?(?:mm_projector\..*|multi_modal_projector\..*|image_newline)$", published
+        )
+        name = match.group(0) if match else published
+        name = "model." + name if name.startswith(("mm_projector.", "image_newline")) else name
+        known, place = layouts.place_in(name, toolkit)
+        if known and place.name is not None and place.name.startswith(parts):
+            _put(sources, place.name, Source(tensor, published, place.transpose), path)
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith(parts)}
+    parameters = {name: p for name, p in parameters.items() if name != layouts.NEWLINE or name in sources}
+    if not sources:
+        raise UserError(f"{path} holds no projector; expected tensors such as model.mm_projector.0.weight.")
+    sources = {name: source for name, source in sources.items() if name != layouts.NEWLINE or name in parameters}
+    check({name: tuple(p.shape) for name, p in parameters.items()}, sources, [], model.config, path)
+    _stream(parameters, sources)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def lora_base(folder: Path) -> Optional[Path]:
+    """The folder of the base that a LoRA output records, or None if ``folder`` is no LoRA output.
+
+    A LoRA output has lora_config.json with ``base_model_name_or_path`` and the adapter's weights; one that was merged has
+    whole weights too, and then needs no base.
+    """
+    folder = Path(folder)
+    path = folder / LORA_CONFIG
+    if not path.is_file() or find_weights(folder):
+        return None
+    recorded = read_json(path).get("base_model_name_or_path")
+    if not recorded:
+        raise UserError(f"{path} doesn't say which model it adapts; set base_model_name_or_path there.")
+    beside = folder / str(recorded)
+    try:
+        base = beside if beside.is_dir() else resolve(str(recorded))
+    except UserError as error:
+        raise UserError(
+            f"{folder} adapts {recorded}, which can't be opened ({str(error).rstrip('.')}); set base_model_name_or_path in "
+            f"{path}."
+        ) from error
+    if base.resolve() == folder.resolve():
+        raise UserError(f"{path} names its own folder as base_model_name_or_path; set it to the model that it adapts.")
+    return base
+
+
+def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:
+    """Adds an adapter to a model's weights: W += scaling · A·B (Hu et al., 2021), and replaces what else was trained.
+
+    ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r) with rslora (Kalajdzievski, 2023). A is [in, r], B [r, out].
+
+    Args:
+        folder: has PaddleNLP's lora_config.json, ``lora_model_state.safetensors`` (or ``.pdparams``) with
+            ``…q_proj.lora_A`` and ``…lora_B``, and ``non_lora_state.safetensors`` with whole tensors if any were trained.
+
+    Raises:
+        UserError: half an adapter, one of another model, or a variant of LoRA that can't be merged.
+    """
+    folder = Path(folder)
+    config = read_json(folder / LORA_CONFIG)
+    for variant in ("use_mora", "lora_use_mixer", "pissa", "loraga", "do_qat"):
+        if config.get(variant):
+            raise UserError(f"{folder / LORA_CONFIG} has {variant} true; expected plain LoRA or rslora.")
+    found = [folder / name for name in LORA_WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder} has {LORA_CONFIG} but no adapter; expected {' or '.join(LORA_WEIGHTS)}.")
+    tensors = open_tensor_file(found[0])
+    if (folder / NON_LORA_WEIGHTS).is_file():
+        tensors = {**tensors, **open_tensor_file(folder / NON_LORA_WEIGHTS)}
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise UserError(
+            f"{folder / LORA_CONFIG} has r {rank!r} and lora_alpha {alpha!r}; expected two positive numbers."
+        )
+    scaling = alpha / (rank**0.5 if config.get("rslora") else rank)
+
+    parameters = dict(model.named_parameters())
+    halves: Dict[str, Dict[str, StoredTensor]] = {}
+    whole: Dict[str, Source] = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^model\.(?=llama\.|lm_head\.)", "", name)  # LoRAModel's own prefix
+        adapted = re.fullmatch(r"(.*)\.lora_([AB])", name)
+        if adapted:
+            halves.setdefault(adapted.group(1) + ".weight", {})[adapted.group(2)] = tensor
+        else:
+            whole[name] = Source(tensor, name, False)
+    problems = [name for name in (*halves, *whole) if name not in parameters]
+    if problems:
+        raise UserError(f"{folder} adapts {_some(problems)}, which the model hasn't; it belongs to another base.")
+    pairs: Dict[str, Tuple[StoredTensor, StoredTensor]] = {}
+    for name, half in halves.items():
+        if set(half) != {"A", "B"}:
+            raise UserError(f"{folder} has only lora_{next(iter(half))} for {name}; the adapter is not whole.")
+        shape = tuple(parameters[name].shape)
+        expected = ((shape[0], rank), (rank, shape[1]))
+        got = (tuple(half["A"].shape), tuple(half["B"].shape))
+        if got != expected:
+            raise UserError(
+                f"{folder} adapts {name} {list(shape)} with A {list(got[0])} and B {list(got[1])}; expected "
+                f"{list(expected[0])} and {list(expected[1])}."
+            )
+        pairs[name] = (half["A"], half["B"])
+    check({name: tuple(parameters[name].shape) for name in whole}, whole, [], model.config, folder)
+    _stream({name: parameters[name] for name in whole}, whole)
+    for name, (first, second) in pairs.items():
+        product = _float32(first) @ _float32(second)
+        product *= np.float32(scaling)
+        dtype = _dtype_of(parameters[name])
+        product += convert(read_values(parameters[name]), dtype, "float32")
+        values = _empty(product.shape, dtype)
+        convert(product, "float32", dtype, out=values)
+        assign(parameters[name], values)
+
+
+def _float32(tensor: StoredTensor) -> np.ndarray:
+    return convert(tensor.read(), tensor.dtype, "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out of the model
+
+
+def read_values(tensor: Any) -> np.ndarray:
+    """A parameter's numbers as an array, bfloat16 as uint16 bits."""
+    return np.asarray(tensor.numpy() if isinstance(tensor, paddle.Tensor) else tensor)
+
+
+def save_weights(
+    model_or_state: Union[paddle.nn.Layer, Mapping[str, Any]], folder: Union[str, Path], max_shard_bytes: int = 5 << 30
+) -> List[Path]:
+    """Writes the parameters to safetensors under our names, tensor by tensor; returns the files.
+
+    Each file is written aside and renamed. Above ``max_shard_bytes`` there are several and an index.
+
+    Args:
+        model_or_state: a layer, or name -> tensor.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model_or_state
+    if isinstance(state, paddle.nn.Layer):
+        state = dict(state.named_parameters())
+    specs = {}
+    for name, tensor in state.items():
+        dtype = _dtype_of(tensor) if isinstance(tensor, paddle.Tensor) else str(np.asarray(tensor).dtype)
+        specs[name] = TensorSpec("bfloat16" if dtype == "uint16" else dtype, tuple(int(n) for n in tensor.shape))
+    return write_weights(folder, specs, lambda name: read_values(state[name]), max_shard_bytes)
+
+
+def save_model(
+    model: paddle.nn.Layer,
+    folder: Union[str, Path],
+    state_dict: Optional[Mapping[str, Any]] = None,
+    max_shard_size: Union[int, str] = "5GB",
+) -> None:
+    """Writes weights, generation_config.json and config.json, in that order: a folder with config.json is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(state_dict if state_dict is not None else model, folder, shard_bytes(max_shard_size))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id = model.config.eos_token_id
+        generation.save_pretrained(str(folder))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(folder))
+
+
+def shard_bytes(size: Union[int, str]) -> int:
+    """
+    >>> shard_bytes("5GB")
+    5000000000
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|KIB|MIB|GIB)?", size.strip().upper())
+    if match is None:
+        raise UserError(f"max_shard_size is {size!r}; expected a number of bytes, or such as 500MB or 5GB.")
+    units: Dict[Optional[str], int] = {
+        None: 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+    }
+    return int(match.group(1)) * units[match.group(2)]

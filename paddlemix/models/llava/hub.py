@@ -1,0 +1,300 @@
+"""A name becomes a folder: PaddleNLP's model store, the Hugging Face hub, a GGUF file, or the built-in model.
+
+Only the clients of the stores themselves download; here is chosen which files, and said what to do without a network.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Iterable, List, Optional, Union
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.tensor_files import WEIGHT_FILES, find_weights, read_json, write_json
+
+__all__ = ["DEFAULT_MODEL", "cache_home", "resolve", "resolve_tower"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "paddlemix/llava-smol-demo"
+
+# What a checkpoint consists of beside its weights; only config.json must be there.
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "lora_config.json"),
+)
+_LORA_FILES = ("lora_model_state.safetensors", "lora_model_state.pdparams", "non_lora_state.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+){1,2}")
+_TIMEOUT_SECONDS = 10
+# written beside the files of PaddleNLP's store once all are there: its client can't list what a model consists of
+_COMPLETE = "paddlemix_download.json"
+
+
+def cache_home() -> Path:
+    """Where this package keeps what it makes: ``PPMIX_HOME``, default ``~/.paddlemix``."""
+    return Path(os.environ.get("PPMIX_HOME") or Path.home() / ".paddlemix").expanduser()
+
+
+def resolve(name_or_folder: Union[str, Path]) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        name_or_folder: a folder; a ``.gguf`` file (its decoder is converted once, into the cache); the built-in model's
+            name; ``paddlemix/…`` from PaddleNLP's store (``PPNLP_ENDPOINT``, ``PPNLP_HOME``); any other ``org/name``
+            from the Hugging Face hub (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``).
+
+    Raises:
+        UserError: nothing of that name, or no network; it says which files to put where.
+    """
+    text = os.fspath(name_or_folder)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _converted_gguf(path)
+        raise UserError(f"{path} is a file; expected the folder of a checkpoint, a .gguf file, or a model's name.")
+    if text.strip("/") == DEFAULT_MODEL:
+        from paddlemix.models.llava.demo import assemble
+
+        return Path(assemble())
+    if path.is_absolute() or text.startswith((".", "~")) or not _NAME.fullmatch(text.rstrip("/")):
+        raise UserError(
+            f"There is no folder {text!r}; expected the folder of a checkpoint, or a name such as "
+            f"paddlemix/llava/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or {DEFAULT_MODEL}."
+        )
+    name = text.rstrip("/")
+    return _from_paddle(_paddle_names(name)) if name.startswith("paddlemix/") else _from_hugging_face(name)
+
+
+def resolve_tower(name: str, checkpoint: Path, paddle_first: bool) -> Path:
+    """The folder of the CLIP tower that ``mm_vision_tower`` names.
+
+    Looked for inside the checkpoint, beside it, as a path, and then in the stores.
+
+    Args:
+        checkpoint: the folder whose config.json names the tower.
+        paddle_first: ask PaddleNLP's store before the Hugging Face hub (the toolkit's checkpoints).
+    """
+    base = name.rstrip("/").split("/")[-1]
+    places = [
+        checkpoint / "vision_tower",
+        checkpoint / base,
+        checkpoint / name,
+        checkpoint.parent / base,
+        Path(name).expanduser(),
+    ]
+    for place in places:
+        if place != checkpoint and (place / "config.json").is_file():
+            return place
+    if Path(name).is_absolute() or name.startswith((".", "~")) or not _NAME.fullmatch(name):
+        raise UserError(
+            f"mm_vision_tower of {checkpoint} is {name!r} and there is no such folder; put the CLIP tower's config.json and "
+            f"weights into {checkpoint / base}, or set mm_vision_tower in config.json."
+        )
+    stores = [lambda: _from_paddle([name]), lambda: _from_hugging_face(name)]
+    problems = []
+    for store in stores if paddle_first else stores[::-1]:
+        try:
+            return store()
+        except UserError as error:
+            problems.append(error)
+    raise UserError(
+        f"{checkpoint} has no vision tower inside and {name}, which its mm_vision_tower names, can't be fetched; put the "
+        f"tower's config.json and weights ({_weight_choice()}) into {checkpoint / base}."
+    ) from problems[0]
+
+
+def _weight_choice() -> str:
+    return " or ".join(name for name in WEIGHT_FILES if not name.endswith(".index.json"))
+
+
+def _unreachable(name: str, store: str, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{name} can't be fetched from {store} ({reason}); check the name and the network, or put config.json, the "
+        f"tokenizer's files, preprocessor_config.json and the weights ({_weight_choice()}, with their index if sharded) "
+        f"into {folder} and use that folder."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PaddleNLP's model store
+
+
+def _paddle_names(name: str) -> List[str]:
+    """The toolkit wrote ``paddlemix/llava-v1.5-7b`` first and ``paddlemix/llava/llava-v1.5-7b`` later."""
+    parts = name.split("/")
+    if len(parts) == 2 and parts[1].startswith("llava"):
+        return [f"paddlemix/llava/{parts[1]}", name]
+    if len(parts) == 3 and parts[1] == "llava":
+        return [name, f"paddlemix/{parts[2]}"]
+    return [name]
+
+
+def _paddle_cache() -> Path:
+    home = os.environ.get("PPNLP_HOME")
+    return Path(home if home else Path.home() / ".paddlenlp").expanduser() / "models"
+
+
+def _from_paddle(names: List[str]) -> Path:
+    cache = _paddle_cache()
+    for name in names:
+        if _is_complete(cache / name):
+            return cache / name
+    for name in names:
+        if _put_there_by_hand(cache / name):
+            return cache / name
+    reason = "no such model there"
+    for name in names:
+        try:
+            if _fetch_from_paddle(name, cache):
+                return cache / name
+        except (OSError, ValueError) as error:  # what PaddleNLP's and requests' errors derive from
+            reason = _reason(error)
+            break
+    raise _unreachable(names[0], "PaddleNLP's model store", cache / names[0], reason)
+
+
+def _fetch_from_paddle(name: str, cache: Path) -> bool:
+    """Downloads all files of a model that the store has; False if it has no such model."""
+    from paddlenlp.utils.download import bos_file_exists, resolve_file_path
+
+    endpoint = os.environ.get("PPNLP_ENDPOINT")
+
+    def fetch(file: str) -> Optional[Path]:
+        if not (cache / name / file).is_file() and not bos_file_exists(name, file, endpoint=endpoint):
+            return None
+        path = resolve_file_path(repo_id=name, filenames=file, cache_dir=str(cache), endpoint=endpoint)
+        return Path(path) if path else None
+
+    if fetch("config.json") is None:
+        return False
+    logger.info("fetching %s from PaddleNLP's model store into %s", name, cache / name)
+    files = ["config.json", *(file for file in _SMALL_FILES if file != "config.json" and fetch(file))]
+    for file in WEIGHT_FILES:
+        path = fetch(file)
+        if path is None:
+            continue
+        files.append(file)
+        if file.endswith(".index.json"):
+            shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+            missing = [shard for shard in shards if os.path.basename(shard) != shard or fetch(shard) is None]
+            if missing:
+                raise UserError(f"PaddleNLP's model store has {name} without its shards {', '.join(missing[:3])}.")
+            files += shards
+        break
+    else:
+        files += [file for file in _LORA_FILES if fetch(file)]
+    write_json(cache / name / _COMPLETE, {"files": files})
+    return True
+
+
+def _is_complete(folder: Path) -> bool:
+    marker = folder / _COMPLETE
+    if not marker.is_file():
+        return False
+    files = read_json(marker).get("files")
+    return isinstance(files, list) and all((folder / str(file)).is_file() for file in files)
+
+
+def _put_there_by_hand(folder: Path) -> bool:
+    """Whether a folder of the cache holds a whole model that this package didn't download."""
+    try:
+        return (
+            (folder / "config.json").is_file()
+            and bool(find_weights(folder))
+            and any(
+                (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "preprocessor_config.json")
+            )
+        )
+    except UserError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the Hugging Face hub
+
+
+def _from_hugging_face(name: str) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    cache = _hugging_face_cache()
+    put_here = cache / f"models--{name.replace('/', '--')}"
+    if name.count("/") != 1:
+        raise _unreachable(name, "the Hugging Face hub", put_here, "expected org/name")
+    reason = "HF_HUB_OFFLINE is set"
+    if not offline:
+        try:
+            published = HfApi(endpoint=endpoint).model_info(name, timeout=_TIMEOUT_SECONDS).siblings or []
+            files = _needed([sibling.rfilename for sibling in published])
+            if "config.json" not in files:
+                raise _unreachable(name, "the Hugging Face hub", put_here, "it has no config.json there")
+            logger.info("fetching %s from the Hugging Face hub into %s", name, cache)
+            return Path(snapshot_download(name, cache_dir=cache, endpoint=endpoint, allow_patterns=files))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = _reason(error)
+    try:
+        folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
+        if (folder / "config.json").is_file() and (find_weights(folder) or (folder / "lora_config.json").is_file()):
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError, OSError, UserError) as error:
+        logger.debug("no whole copy of %s in %s: %s", name, cache, error)
+    raise _unreachable(name, "the Hugging Face hub", Path.cwd() / name, reason)
+
+
+def _hugging_face_cache() -> Path:
+    """The hub's cache; the environment is read now, the library read it when it was imported."""
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"]).expanduser() / "hub"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _needed(published: Iterable[str]) -> List[str]:
+    """Of the files of a repository those to fetch: one kind of weights, config, tokenizer, image processor."""
+    names = set(published)
+    files = [name for name in _SMALL_FILES if name in names]
+    for stem, shard in (
+        ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
+        ("model_state.pdparams", r"model_state-\d+-of-\d+\.pdparams"),
+        ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin"),
+    ):
+        if f"{stem}.index.json" in names:
+            return [*files, f"{stem}.index.json", *sorted(name for name in names if re.fullmatch(shard, name))]
+        if stem in names:
+            return [*files, stem]
+    return [*files, *(name for name in _LORA_FILES if name in names)]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, short enough to stand inside a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a GGUF file
+
+
+def _converted_gguf(path: Path) -> Path:
+    """The cached folder that a GGUF file was converted to; made on first use, aside and renamed."""
+    from paddlemix.models.llava.gguf_reader import convert_gguf
+
+    stat = path.stat()
+    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    folder = cache_home() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (folder / "config.json").is_file():  # written last
+        logger.info("converting %s into %s", path, folder)
+        convert_gguf(path, folder)
+    return folder
