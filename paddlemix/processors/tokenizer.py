@@ -460,6 +460,11 @@ class Tokenizer:
     def _knows(self, index: int) -> bool:
         return index < self.vocab_size or index in self._engine.added
 
+    def added_token_id(self, token: str) -> Optional[int]:
+        """The id of a token that is found as a whole in any text (``<image>``, ``</s>``); None for all others."""
+        index = self._vocabulary.get(token)
+        return index if index in self._engine.added else None
+
     @property
     def all_special_ids(self) -> List[int]:
         special = {index for index, token in self._engine.added.items() if token.special}

@@ -42,6 +42,8 @@ class Template:
         first_before: what stands before the first user message instead of ``user.before``.
         empty_is_open: a message without text is written as ``opening`` alone, as the original release does.
         examples: messages that are rendered before the conversation's own.
+        image_marks: what training writes around each ``<image>``.
+        captions_only: training takes one round and drops the question's text: picture, answer, end.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Template:
     first_before: str = ""
     empty_is_open: bool = True
     examples: Tuple[Tuple[str, str], ...] = ()
+    image_marks: Tuple[str, str] = ("", "")
+    captions_only: bool = False
 
     def with_system(self, system: str) -> "Template":
         """The same template with another system text."""
@@ -220,7 +224,10 @@ V0_EXAMPLES = (
 )
 
 
-def _hashes(name: str, system: str, examples=()) -> Template:
+TAGS = ("<Image>", "</Image>")
+
+
+def _hashes(name: str, system: str, examples=(), image_marks=("", "")) -> Template:
     """Vicuna v0: every turn, and the system text, ends with ``###``."""
     return Template(
         name,
@@ -230,10 +237,11 @@ def _hashes(name: str, system: str, examples=()) -> Template:
         stop_strings=("###",),
         system_after="###",
         examples=examples,
+        image_marks=image_marks,
     )
 
 
-def _vicuna(name: str, system: str) -> Template:
+def _vicuna(name: str, system: str, image_marks=("", "")) -> Template:
     """Vicuna v1: a space after the question, ``</s>`` after the answer."""
     return Template(
         name,
@@ -242,6 +250,7 @@ def _vicuna(name: str, system: str) -> Template:
         assistant=Turn("ASSISTANT: ", "</s>", "ASSISTANT:"),
         stop_strings=("</s>",),
         system_after=" ",
+        image_marks=image_marks,
     )
 
 
@@ -278,7 +287,8 @@ def _chatml(name: str, system: str, newline: str = "", empty_is_open: bool = Tru
 
 def _plain(name: str) -> Template:
     """Picture and caption with nothing around them, for the alignment of the projector."""
-    return Template(name, "", user=Turn("", "\n", ""), assistant=Turn("", "\n", ""), stop_strings=("\n",))
+    turn = Turn("", "\n", "")
+    return Template(name, "", user=turn, assistant=turn, stop_strings=("\n",), captions_only=True)
 
 
 conv_templates: Dict[str, Template] = {
@@ -295,9 +305,9 @@ conv_templates: Dict[str, Template] = {
         _plain("plain"),
         _plain("v0_plain"),
         _hashes("llava_v0", CURIOUS_HUMAN),
-        _hashes("v0_mmtag", MMTAG),
+        _hashes("v0_mmtag", MMTAG, image_marks=TAGS),
         _vicuna("llava_v1", CURIOUS_HUMAN),
-        _vicuna("v1_mmtag", MMTAG),
+        _vicuna("v1_mmtag", MMTAG, image_marks=TAGS),
         _llama_2("llava_llama_2", LLAVA_LLAMA_2_SYSTEM, "<s>"),
         _chatml("mpt", MPT_SYSTEM),
         _chatml(
