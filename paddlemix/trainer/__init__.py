@@ -1,0 +1,1 @@
+"""Fine-tuning on PaddleNLP's Trainer; import from the modules."""

@@ -1,0 +1,448 @@
+"""The flat JSON of a fine-tuning run: read once, every key typed, unknown keys refused.
+
+``read_settings`` turns a command line (a JSON file and ``--key value`` pairs) into a dict of typed values, and touches
+neither device nor disk beyond that file; ``FinetuneArguments`` is PaddleNLP's TrainingArguments with the keys of model
+and data beside them.
+"""
+
+import difflib
+import json
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+from paddlenlp.trainer import IntervalStrategy, TrainingArguments
+from paddlenlp.trainer.trainer_utils import OptimizerNames, SchedulerType, ShardingOption
+
+from paddlemix.errors import UserError
+
+__all__ = ["FinetuneArguments", "read_settings", "default_device"]
+
+# Keys of PaddleNLP's TrainingArguments that steer an engine this tool doesn't have; each with what serves instead.
+# They may stand in a file at their default, which is what most files that hold them say.
+NOT_BUILT = {
+    "tensor_parallel_degree": 'use sharding instead: "sharding": "stage2" or "stage3" splits the model over the devices',
+    "pipeline_parallel_degree": 'use sharding instead: "sharding": "stage2" or "stage3" splits the model over the devices',
+    "sep_parallel_degree": "use sharding and recompute instead",
+    "context_parallel_degree": "use sharding and recompute instead",
+    "expert_parallel_degree": "LLaVA has no experts",
+    "expert_tensor_parallel_degree": "LLaVA has no experts",
+    "use_expert_parallel": "LLaVA has no experts",
+    "expert_max_capacity": "LLaVA has no experts",
+    "expert_min_capacity": "LLaVA has no experts",
+    "sequence_parallel": "it needs tensor parallelism; use sharding and recompute instead",
+    "fuse_sequence_parallel_allreduce": "it needs tensor parallelism; use sharding instead",
+    "sequence_parallel_config": "it needs tensor parallelism; use sharding instead",
+    "tensor_parallel_config": "it needs tensor parallelism; use sharding instead",
+    "pipeline_parallel_config": "it needs pipeline parallelism; use sharding instead",
+    "data_parallel_config": "it is for auto parallel only; remove the key",
+    "split_inputs_sequence_dim": "it needs sep_parallel_degree; use sharding and recompute instead",
+    "distributed_dataloader": "every device reads its own rows; remove the key",
+    "enable_auto_parallel": "use sharding instead",
+    "auto_parallel_resume_form_hybrid_parallel": "use sharding instead",
+    "sharding_parallel_mesh_dimension": "it is for auto parallel only; remove the key",
+    "to_static": "training is eager; remove the key",
+    "refined_recompute": "use recompute",
+    "do_export": "a trained folder is exported by its own tool; remove the key",
+    "past_index": "LLaVA's decoder has no memory of earlier batches; remove the key",
+    "label_names": "the labels are always in labels; remove the key",
+    "remove_unused_columns": "rows have the fields of the data formats only; remove the key",
+    "lazy_data_processing": "rows are always read when they are needed; remove the key",
+    "ddp_find_unused_parameters": "gradients are summed for all trained parameters, used or not; remove the key",
+    "flatten_param_grads": "it is for NPU only; remove the key",
+    "unified_checkpoint": "checkpoints have one layout for every number of devices already; remove the key",
+    "unified_checkpoint_config": "checkpoints have one layout for every number of devices already; remove the key",
+    "ckpt_quant_stage": "checkpoints are whole; remove the key",
+    "save_sharded_model": "checkpoints have one layout for every number of devices already; remove the key",
+    "load_sharded_model": "checkpoints have one layout for every number of devices already; remove the key",
+    "save_sharding_stage1_model_include_freeze_params": "checkpoints hold all weights already; remove the key",
+    "force_reshard_pp": "it needs pipeline parallelism; remove the key",
+    "use_async_save": "a checkpoint is written aside and renamed when whole; remove the key",
+    "ordered_save_group_size": "a checkpoint is written aside and renamed when whole; remove the key",
+    "output_signal_dir": "a checkpoint is written aside and renamed when whole; remove the key",
+    "pdc_download_ckpt": "name the checkpoint's folder in resume_from_checkpoint",
+    "pdc_download_timeout": "name the checkpoint's folder in resume_from_checkpoint",
+    "local_rank": "paddle.distributed.launch sets it; remove the key",
+}
+DEGREES = frozenset(key for key in NOT_BUILT if key.endswith("_degree"))  # 1 means off, as -1 does
+
+AT_LEAST = {  # smallest value of a number
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "eval_steps": 1,
+    "eval_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+    "warmup_ratio": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "mm_projector_lr": 0,
+    "mm_vision_tower_lr": 0,
+    "lora_rank": 1,
+    "lora_alpha": 1,
+    "lora_dropout": 0,
+    "lora_plus_scale": 0,
+    "neftune_noise_alpha": 0,
+    "max_length": 2,
+    "max_new_tokens": 1,
+    "seed": 0,
+}
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora_dropout": 1}  # upper bound, not reached
+ONE_OF = {
+    "lr_scheduler_type": [kind.value for kind in SchedulerType],
+    "optim": [kind.value for kind in OptimizerNames if kind is not OptimizerNames.ADAFACTOR],
+    "fp16_opt_level": ["O0", "O1", "O2"],
+    "hybrid_parallel_topo_order": ["pp_first", "sharding_first"],
+    "device": None,  # checked against what Paddle has
+}
+
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+_NULL = ("null", "none")
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """Every key of the configuration file; PaddleNLP's TrainingArguments, then those of model, data and this tool."""
+
+    # model
+    model_name_or_path: Optional[str] = field(default=None, metadata={"help": "Folder or name of the model to train."})
+    text_model_name_or_path: Optional[str] = field(
+        default=None, metadata={"help": "Folder or name whose tokenizer is used in place of the model's."}
+    )
+    use_flash_attention: bool = field(default=False, metadata={"help": "On GPU, attend through flash attention."})
+    freeze_include: Optional[List[str]] = field(
+        default=None, metadata={"help": "fnmatch patterns; parameters that match are not trained."}
+    )
+    freeze_exclude: Optional[List[str]] = field(
+        default=None, metadata={"help": "fnmatch patterns; parameters that match are trained."}
+    )
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters in place of the decoder's weights."})
+    lora_path: Optional[str] = field(default=None, metadata={"help": "Folder of an adapter to go on from."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapters' output is scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters' input."})
+    lora_target_modules: Optional[List[str]] = field(
+        default=None, metadata={"help": "Regular expressions on layer names; default the decoder's seven projections."}
+    )
+    rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) (Kalajdzievski, 2023)."})
+    lora_plus_scale: float = field(
+        default=1.0, metadata={"help": "Learning rate of lora_B over that of lora_A (LoRA+, Hayou et al., 2024)."}
+    )
+    neftune: bool = field(default=False, metadata={"help": "Noise on embeddings in training (Jain et al., 2023)."})
+    neftune_noise_alpha: float = field(default=5.0, metadata={"help": "The noise is alpha / sqrt(L * D) at most."})
+    mm_projector_lr: Optional[float] = field(default=None, metadata={"help": "Learning rate of the projector."})
+    mm_vision_tower_lr: Optional[float] = field(default=None, metadata={"help": "Learning rate of the tower."})
+    unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower too."})
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Don't train the projector."})
+    pretrain_mm_mlp_adapter: Optional[str] = field(
+        default=None, metadata={"help": "File with a projector's weights, put into the model before training."}
+    )
+    image_aspect_ratio: Optional[str] = field(
+        default=None, metadata={"help": "square, pad or anyres; default what the checkpoint says."}
+    )
+    version: Optional[str] = field(
+        default=None, metadata={"help": "Conversation template; default what the checkpoint says."}
+    )
+
+    # data
+    dataset: Optional[Dict[str, Any]] = field(default=None, metadata={"help": '{"train": [...], "eval": [...]}'})
+    max_length: int = field(default=2048, metadata={"help": "Longest sample in tokens, picture features included."})
+    mixtoken: bool = field(default=False, metadata={"help": "Pack several samples into one row of max_length."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality and of similar lengths."}
+    )
+    eval_with_do_generation: bool = field(
+        default=False, metadata={"help": "In evaluation also write answers, and compare them with the references."}
+    )
+    max_new_tokens: Optional[int] = field(
+        default=None,
+        metadata={"help": "Longest answer in evaluation with generation; default that of the longest reference."},
+    )
+
+    # training
+    benchmark: bool = field(
+        default=False, metadata={"help": "Report samples/s, tokens/s and peak memory; don't save the result."}
+    )
+    device: Optional[str] = field(default=None, metadata={"help": "gpu, cpu, …; default gpu if Paddle has one."})
+    do_train: Optional[bool] = field(
+        default=None, metadata={"help": "Train; default true unless do_eval or do_predict is all that is asked."}
+    )
+    do_eval: Optional[bool] = field(
+        default=None, metadata={"help": "Evaluate; default true if evaluation_strategy is steps or epoch."}
+    )
+    output_dir: Optional[str] = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
+
+    def __post_init__(self):
+        if self.do_train is None:
+            self.do_train = not (self.do_eval or self.do_predict)
+        evaluates = IntervalStrategy(self.evaluation_strategy) != IntervalStrategy.NO
+        if self.do_eval is None:
+            self.do_eval = evaluates and self.do_train
+        elif not self.do_eval and evaluates:
+            # an explicit "do_eval": false wins over the strategy, which PaddleNLP would let turn evaluation on
+            self.evaluation_strategy = IntervalStrategy.NO
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        try:
+            super().__post_init__()
+        except (ValueError, AssertionError) as error:
+            raise UserError(" ".join(str(error).split()).replace("--", "")) from error
+        self.unified_checkpoint = False
+
+    @property
+    def compute_dtype(self) -> str:
+        """dtype of the weights: half precision only at level O2, where the optimizer keeps float32 copies."""
+        if self.fp16_opt_level != "O2" or not (self.fp16 or self.bf16):
+            return "float32"
+        return "float16" if self.fp16 else "bfloat16"
+
+
+def read_settings(argv: Sequence[str]) -> Dict[str, Any]:
+    """A command line to typed settings.
+
+    Args:
+        argv: ``CONFIG.json --key value …``; the file may be left out. ``--key`` alone means true.
+
+    Returns:
+        The keys that were given and aren't null, in the types that FinetuneArguments declares.
+
+    Raises:
+        UserError: no such file, not a JSON object, an unknown key (the nearest valid one is named), a value of the
+            wrong type or out of range, or one that this tool doesn't have.
+    """
+    file, overrides = _split(list(argv))
+    settings = _read_json(file) if file is not None else {}
+    hints = _hints()
+    typed = {}
+    for source, given in ((str(file), settings), ("the command line", overrides)):
+        for key, value in given.items():
+            if key not in hints:
+                nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
+                raise UserError(f"{key} in {source} is no key of the configuration; the nearest is {nearest}.")
+            from_text = given is overrides
+            if value is None or (from_text and isinstance(value, str) and value.lower() in _NULL):
+                typed.pop(key, None)
+                continue
+            typed[key] = _typed(key, value, hints[key], from_text)
+    _check(typed)
+    return typed
+
+
+def default_device() -> str:
+    """``gpu`` if Paddle has one, else ``cpu``."""
+    import paddle
+
+    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
+
+
+def check_device(settings: Dict[str, Any]) -> str:
+    """The device of a run; refuses one that Paddle lacks, and half precision where it can't be computed."""
+    import paddle
+
+    device = settings.get("device")
+    if settings.get("no_cuda"):
+        device = "cpu"
+    if device is None:
+        device = default_device()
+    kind = device.split(":")[0]
+    have = ["cpu"] + list(paddle.device.get_all_custom_device_type() or [])
+    if paddle.device.is_compiled_with_xpu():
+        have.append("xpu")
+    if default_device() == "gpu":
+        have.append("gpu")
+    if kind not in have:
+        raise UserError(f"device is {device!r}, which this Paddle doesn't have; expected one of {', '.join(have)}.")
+    for half in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        if settings.get(half) and kind == "cpu":
+            raise UserError(
+                f"{half} is true, but Paddle computes in float32 only on a CPU; set {half} to false or use a GPU."
+            )
+    if settings.get("bf16") and kind == "gpu" and not paddle.amp.is_bfloat16_supported():
+        raise UserError("bf16 is true, but this GPU has no bfloat16; use fp16 instead.")
+    if settings.get("use_flash_attention") and kind == "cpu":
+        raise UserError("use_flash_attention is true, but there is no flash attention on a CPU; set it to false.")
+    return device
+
+
+def _split(argv: List[str]):
+    """The file and the overrides of a command line, values still as text."""
+    file, overrides = None, {}
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            if file is not None:
+                raise UserError(f"{word} follows {file}; expected one configuration file and then --key value pairs.")
+            file = Path(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if position < len(argv) and not argv[position].startswith("--"):
+                value = argv[position]
+                position += 1
+            else:
+                value = "true"
+        overrides[key.replace("-", "_")] = value
+    return file, overrides
+
+
+def _read_json(file: Path) -> Dict[str, Any]:
+    def refuse_twice(pairs):
+        seen = {}
+        for key, value in pairs:
+            if key in seen:
+                raise UserError(f"{key} stands twice in {file}; keep one.")
+            seen[key] = value
+        return seen
+
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"the configuration file {file} doesn't exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration file {file} can't be read: {error}.") from None
+    try:
+        settings = json.loads(text, object_pairs_hook=refuse_twice)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds a JSON {_kind(settings)}; expected an object of keys and values.")
+    return settings
+
+
+def _hints() -> Dict[str, Any]:
+    return {item.name: typing.get_type_hints(FinetuneArguments)[item.name] for item in fields(FinetuneArguments)}
+
+
+def _typed(key: str, value: Any, hint: Any, from_text: bool) -> Any:
+    """``value`` in the type that ``key`` declares."""
+    origin = typing.get_origin(hint)
+    if origin is Union:  # Optional[...]
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        origin = typing.get_origin(hint)
+    if key == "resume_from_checkpoint" and (isinstance(value, bool) or (from_text and value in ("true", "false"))):
+        return value if isinstance(value, bool) else value == "true"
+    if key == "sharding" and isinstance(value, bool):
+        return "stage1" if value else ""
+    if hint is bool:
+        if isinstance(value, str) and from_text and value.lower() in _TRUE + _FALSE:
+            return value.lower() in _TRUE
+        if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+            return bool(value)
+        raise _wrong(key, value, "true or false")
+    if hint in (int, float):
+        if from_text:
+            value = _number(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _wrong(key, value, "a whole number" if hint is int else "a number")
+        if hint is int and value != int(value):
+            raise _wrong(key, value, "a whole number")
+        return hint(value)
+    if hint is str:
+        if not isinstance(value, str):
+            raise _wrong(key, value, "text")
+        return value
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        allowed = [kind.value for kind in hint]
+        if value not in allowed:
+            raise _wrong(key, value, "one of " + ", ".join(allowed))
+        return value
+    if origin is list:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, str) and (not from_text or not value.lstrip().startswith("[")):
+            value = [value]
+        elif from_text:
+            value = _json_value(key, value, "a JSON list")
+        if not isinstance(value, list):
+            raise _wrong(key, value, "a list")
+        return [_typed(key, element, item, False) for element in value]
+    if from_text:
+        value = _json_value(key, value, "a JSON object")
+    if not isinstance(value, dict):
+        raise _wrong(key, value, "an object")
+    return value
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _json_value(key: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise _wrong(key, text, expected) from None
+
+
+def _wrong(key: str, value: Any, expected: str) -> UserError:
+    shown = json.dumps(value, ensure_ascii=False)
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    return UserError(f"{key} is {shown}, a JSON {_kind(value)}; expected {expected}.")
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def _check(settings: Dict[str, Any]) -> None:
+    """Refuses values out of range, and what this tool doesn't have."""
+    defaults = {item.name: item.default for item in fields(FinetuneArguments) if item.default is not MISSING}
+    for key, value in settings.items():
+        if key in NOT_BUILT and value != defaults[key] and not (key in DEGREES and value <= 1):
+            raise UserError(f"{key} is {json.dumps(value)}, which this tool doesn't have: {NOT_BUILT[key]}.")
+        if key in AT_LEAST and value < AT_LEAST[key]:
+            raise UserError(f"{key} is {value}; expected at least {AT_LEAST[key]}.")
+        if key in BELOW and not 0 <= value < BELOW[key]:
+            raise UserError(f"{key} is {value}; expected from 0 to below {BELOW[key]}.")
+        if ONE_OF.get(key) and value not in ONE_OF[key]:
+            raise UserError(f"{key} is {value!r}; expected one of {', '.join(ONE_OF[key])}.")
+    if settings.get("warmup_ratio", 0) > 1:
+        raise UserError(f"warmup_ratio is {settings['warmup_ratio']}; expected from 0 to 1.")
+    steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs", 1.0)
+    if steps == 0 or steps < -1:
+        raise UserError(f"max_steps is {steps}; expected a number of steps, or -1 to go by num_train_epochs.")
+    if epochs <= 0 and steps < 1:
+        raise UserError(f"num_train_epochs is {epochs}; expected more than 0.")
+    shards = settings.get("sharding", "").split()
+    if shards and (shards[0] not in [kind.value for kind in ShardingOption][:3] or shards[1:] not in ([], ["offload"])):
+        raise UserError(
+            f"sharding is {settings['sharding']!r}; expected stage1, stage2 or stage3, or one of the last two and offload."
+        )
+    for first, second in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
+        if settings.get(first) and settings.get(second):
+            raise UserError(f"{first} and {second} are both true; set one of them to false.")
+    if settings.get("tune_mm_mlp_adapter") and settings.get("freeze_mm_mlp_adapter"):
+        raise UserError("tune_mm_mlp_adapter and freeze_mm_mlp_adapter are both true; set one of them to false.")
+    if settings.get("tune_mm_mlp_adapter") and settings.get("lora"):
+        raise UserError("tune_mm_mlp_adapter trains the projector alone, so lora must be false.")
+    for key in ("mm_projector_lr", "mm_vision_tower_lr"):
+        if settings.get(key) and settings.get("learning_rate") == 0:
+            raise UserError(f"{key} is set relative to learning_rate, which is 0; give learning_rate a value above 0.")
+    if settings.get("mm_vision_tower_lr") is not None and not settings.get("unfreeze_mm_vision_tower"):
+        raise UserError("mm_vision_tower_lr is set, but the tower is frozen; set unfreeze_mm_vision_tower to true.")
+    if settings.get("lora_path") and not settings.get("lora"):
+        raise UserError("lora_path is set, but lora is false; set lora to true to go on from that adapter.")
+    if settings.get("model_name_or_path") is None:
+        raise UserError("model_name_or_path is missing; expected the folder or name of the model to train.")
+    if settings.get("output_dir") is None:
+        raise UserError("output_dir is missing; expected the folder that the result is written to.")
+    if settings.get("dataset") is None:
+        raise UserError('dataset is missing; expected {"train": [{"data_files": "train.json"}]}.')
+    if settings.get("do_train") is False and not settings.get("do_eval") and not settings.get("do_predict"):
+        raise UserError("do_train, do_eval and do_predict are all false, so there is nothing to do; set one to true.")

@@ -1,0 +1,325 @@
+"""The output folder of a run: what it holds, checkpoints that are whole or don't count, and what may be overwritten.
+
+A checkpoint is written into a folder of another name and renamed when every file is on disk; its marker lists each
+file's size and checksum, so that one which was cut short or damaged later is told apart and never picked.
+No paddle here: a folder is judged before anything heavy starts.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+from paddlemix.errors import UserError
+
+__all__ = [
+    "MARKER",
+    "RunPlan",
+    "find_checkpoint",
+    "is_whole",
+    "plan_run",
+    "remove_old_checkpoints",
+    "remove_tree",
+    "seal",
+    "write_aside",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+MARKER = "checkpoint_complete.json"
+RUN_FILE = "run.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed
+
+# Keys that may change between the two halves of a run without making it another run.
+NOT_THE_RUN = frozenset(
+    "output_dir overwrite_output_dir resume_from_checkpoint disable_tqdm report_to logging_dir run_name device "
+    "dataloader_num_workers skip_memory_metrics save_total_limit wandb_api_key wandb_http_proxy".split()
+)
+
+_EDGE = 1 << 20  # bytes at each end of a file that its checksum covers: cheap for files of any size
+
+
+class RunPlan(NamedTuple):
+    """What a run does with its output folder.
+
+    Attributes:
+        action: ``start``, ``resume`` (from ``checkpoint``; None: the run was stopped before its first), or ``done``.
+        checkpoint: the folder to go on from.
+        stale: folders and files of an earlier run that are removed when this one begins.
+    """
+
+    action: str
+    checkpoint: Optional[Path] = None
+    stale: tuple = ()
+
+
+def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPlan:
+    """Looks at the output folder and decides; writes nothing.
+
+    A folder that holds an unfinished run is gone on with. ``overwrite_output_dir`` lets a run begin in a folder that
+    holds another run, a finished one or other files; an unfinished run with the same settings and data is still gone
+    on with, since that is the same command started again (``resume_from_checkpoint: false`` begins afresh).
+
+    Raises:
+        UserError: the folder holds something else and may not be overwritten, or the named checkpoint isn't whole.
+    """
+    folder = Path(settings["output_dir"]).expanduser()
+    overwrite = settings.get("overwrite_output_dir", False)
+    resume = settings.get("resume_from_checkpoint")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir names {folder}, which is a file; expected a folder.")
+    held = sorted(path for path in folder.iterdir() if not path.name.startswith(PARTIAL)) if folder.exists() else []
+    run = _read_run(folder)
+    if held and run is None and not overwrite:
+        raise UserError(
+            f"output_dir names {folder}, which holds {held[0].name} and no run of this tool; name an empty folder or "
+            "set overwrite_output_dir to true."
+        )
+    if isinstance(resume, str):
+        return _resume_named(folder, Path(resume).expanduser(), run, overwrite)
+    if resume is True:
+        checkpoint = find_checkpoint(folder)
+        if checkpoint is None:
+            raise UserError(f"resume_from_checkpoint is true, but {folder} has no whole checkpoint.")
+        return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+    if run is None:
+        return RunPlan("start")
+    stale = _run_files(folder)
+    if resume is False:
+        if not overwrite:
+            raise UserError(
+                f"resume_from_checkpoint is false, but output_dir {folder} holds a run; set overwrite_output_dir to true."
+            )
+        return RunPlan("start", stale=stale)
+    same = not changed_keys(run["settings"], settings) and run.get("data") == fingerprint_data(data_files)
+    if overwrite and not (same and run["status"] == "running"):
+        return RunPlan("start", stale=stale)
+    if run["status"] == "complete":
+        if same:
+            return RunPlan("done")
+        raise UserError(
+            f"output_dir names {folder}, which holds a finished run with other settings; name another folder, set "
+            "overwrite_output_dir to true, or resume_from_checkpoint to true to train it further."
+        )
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        return RunPlan("start", stale=stale)
+    return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+
+
+def _resume_named(folder: Path, checkpoint: Path, run: Optional[Dict[str, Any]], overwrite: bool) -> RunPlan:
+    """``resume_from_checkpoint`` names a folder."""
+    if not checkpoint.is_dir():
+        raise UserError(f"resume_from_checkpoint names {checkpoint}, which isn't a folder.")
+    if not is_whole(checkpoint):
+        raise UserError(
+            f"resume_from_checkpoint names {checkpoint}, which isn't a whole checkpoint of this tool; name another "
+            "checkpoint-N, or set it to true for the last whole one."
+        )
+    if checkpoint.resolve().parent == folder.resolve():
+        return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+    if run is not None and not overwrite:
+        raise UserError(
+            f"resume_from_checkpoint names {checkpoint}, but output_dir {folder} holds another run; name an empty folder "
+            "or set overwrite_output_dir to true."
+        )
+    return RunPlan("resume", checkpoint, _run_files(folder) if run is not None else ())
+
+
+def _later_checkpoints(folder: Path, checkpoint: Path) -> tuple:
+    """Checkpoints after the one to go on from: broken, or of a road that isn't taken any more."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    step = int(match.group(1)) if match else -1
+    return tuple(path for later, path in _checkpoints(folder) if later > step)
+
+
+def fingerprint_data(files: Sequence[Path]) -> List[List[Any]]:
+    """Name, size and time of change of each data file: whether a run started again sees the same rows."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, files)]
+
+
+def changed_keys(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    """Keys in which two runs differ, those that don't make another run left out."""
+    keys = (set(before) | set(now)) - NOT_THE_RUN
+    return sorted(key for key in keys if before.get(key) != now.get(key))
+
+
+def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files: Sequence[Path] = ()) -> None:
+    """Makes the folder, removes what the plan calls stale, and records the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in plan.stale:
+        if path.is_dir():
+            remove_checkpoint(path)
+        else:
+            path.unlink()
+    write_json(folder / RUN_FILE, {"status": "running", "settings": settings, "data": fingerprint_data(data_files)})
+
+
+def finish_run(folder: Path) -> None:
+    """Marks the run as complete; only then is its folder no longer one to resume."""
+    run = _read_run(folder) or {"settings": {}}
+    write_json(folder / RUN_FILE, {**run, "status": "complete"})
+
+
+def recorded_settings(folder: Path) -> Optional[Dict[str, Any]]:
+    """Settings of the run that ``folder`` holds; None if it holds none."""
+    run = _read_run(folder)
+    return run["settings"] if run else None
+
+
+def _read_run(folder: Path) -> Optional[Dict[str, Any]]:
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return run if isinstance(run.get("settings"), dict) and isinstance(run.get("status"), str) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _run_files(folder: Path) -> tuple:
+    """What an earlier run of this tool left in its folder; other files aren't touched."""
+    own = re.compile(
+        CHECKPOINT.pattern
+        + r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(non_lora|lora_model)_state\.safetensors"
+        + r"|lora_config\.json|train_log\.jsonl|loss\.png|eval_predictions-\d+\.jsonl|(train|eval|all)_results\.json"
+    )
+    return tuple(path for path in sorted(folder.iterdir()) if own.fullmatch(path.name))
+
+
+# checkpoints
+
+
+def find_checkpoint(folder: Path) -> Optional[Path]:
+    """The last whole checkpoint in a folder; a broken one is named in the log and passed over."""
+    for _, path in reversed(_checkpoints(folder)):
+        if is_whole(path):
+            return path
+        logger.warning("%s isn't whole, so it is passed over.", path)
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there as it was written."""
+    try:
+        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+        return all(_fingerprint(checkpoint / name) == tuple(known) for name, known in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _checkpoints(folder: Path) -> List:
+    """(step, path) of every checkpoint-N, by step."""
+    if not folder.is_dir():
+        return []
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def seal(folder: Path) -> None:
+    """Writes the marker of a checkpoint whose files are all written; the files are flushed to the disk first."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            files[str(path.relative_to(folder))] = _fingerprint(path)
+    write_json(folder / MARKER, {"files": files})
+
+
+def _fingerprint(path: Path) -> tuple:
+    """Size, and checksum of the file's two ends."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        checksum = zlib.crc32(file.read(_EDGE))
+        if size > _EDGE:
+            file.seek(max(_EDGE, size - _EDGE))
+            checksum = zlib.crc32(file.read(), checksum)
+    return size, checksum
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Gives a sealed folder its name in one step, in the place of an older one if there is any."""
+    if final.exists():
+        remove_checkpoint(final)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint; cut short, it leaves nothing that bears a checkpoint's name."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    doomed = path.with_name(f"{PARTIAL}{path.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_old_checkpoints(folder: Path, keep: int, best: Optional[str] = None) -> None:
+    """Keeps the newest ``keep`` whole checkpoints, and the best one among or beside them."""
+    whole = [path for _, path in _checkpoints(folder) if (path / MARKER).exists()]
+    best_path = Path(best).absolute() if best else None
+    others = [path for path in whole if path.absolute() != best_path]
+    # the best takes one of the places, but never that of the newest, from which a run goes on
+    places = max(keep - (len(others) < len(whole)), 1)
+    for path in others[: max(len(others) - places, 0)]:
+        remove_checkpoint(path)
+
+
+# files
+
+
+@contextmanager
+def write_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to write into; at the end its files move into ``folder``, each at once.
+
+    An error leaves ``folder`` as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{PARTIAL}files"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flushes a folder's list of names, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
