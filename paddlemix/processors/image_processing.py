@@ -7,7 +7,8 @@ The three ways of ``image_aspect_ratio``:
     anyres   n = 1 + columns x rows: the picture squeezed into a square, then the tiles of the best canvas (LLaVA-1.6)
 
 The numbers equal those of transformers' CLIPImageProcessor, LlavaImageProcessor and LlavaNextImageProcessor (the ones
-on PIL; their torch versions resize differently) and of ``llava/mm_utils.py`` of the original release.
+on PIL; their torch versions resize differently) and of ``llava/mm_utils.py`` of the original release, all with the
+same Pillow: since version 13 it shrinks tall pictures vertically first, which moves some bytes by a few levels.
 """
 
 import json
