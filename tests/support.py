@@ -57,6 +57,45 @@ def llama2_tokenizer_folder(
     return folder
 
 
+ADDED_TOKENS = {"<image>": 32000, "<pad>": 32001, "<im_start>": 32002, "<im_end>": 32003}
+
+
+def add_tokens(folder: Union[str, Path]) -> Path:
+    """Adds ``ADDED_TOKENS`` to the folder's files, as transformers writes them; ``<image>`` and ``<pad>`` are special."""
+    folder = Path(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **ADDED_TOKENS}
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    config["added_tokens_decoder"] = {
+        str(index): {"content": token, "special": not token.startswith("<im_"), **flags}
+        for token, index in tokens.items()
+    }
+    config["pad_token"] = "<pad>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**SPECIAL_TOKENS, "pad_token": "<pad>"}, indent=2))
+    if (folder / "tokenizer.model").exists():
+        (folder / "added_tokens.json").write_text(json.dumps(ADDED_TOKENS, indent=2))
+    return folder
+
+
+def byte_level_tokenizer_folder(folder: Union[str, Path]) -> Path:
+    """A small byte-level BPE with ChatML's tokens, as SmolLM2 has them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(FIXTURES / "byte_level_tokenizer.json", folder / "tokenizer.json")
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
 def llama2_sentencepiece() -> bytes:
     """LLaMA-2's ``tokenizer.model``, rebuilt from the vocabulary of its tokenizer.json.
 
