@@ -1,7 +1,7 @@
 """Reads easy-VQA (PyPI ``easy-vqa``, MIT): 64 x 64 pictures of one shape, and questions with one-word answers."""
 
-import importlib.util
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from paddlemix.errors import UserError
+from paddlemix.examples.llava.easy_vqa import package_data
 
-__all__ = ["find_easy_vqa", "object_labels", "object_box", "question_type", "read_questions"]
+__all__ = ["find_easy_vqa", "object_box", "object_labels", "question_type", "read_questions", "test_rows", "train_rows"]
 
 COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -22,10 +23,7 @@ Question = Tuple[str, str, int]  # question, answer, number of the picture
 def find_easy_vqa(folder: Optional[str] = None) -> Path:
     """The folder that holds ``train/`` and ``test/``: the given one, or the installed package's."""
     if folder is None:
-        spec = importlib.util.find_spec("easy_vqa")
-        if spec is None:
-            raise UserError("easy-VQA was not found; install it with `pip install --no-deps easy-vqa==1.0`.")
-        folder = str(Path(spec.origin).parent / "data")
+        return package_data()
     path = Path(folder)
     if not (path / "train" / "questions.json").is_file():
         raise UserError(f"{path} has no train/questions.json; easy_vqa names the data folder of the package easy-vqa.")
@@ -78,13 +76,26 @@ def object_box(image: Image.Image) -> Tuple[float, float, float, float]:
     return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
 
 
-def to_rows(questions: List[Question], split: str) -> List[Dict[str, Any]]:
-    """One row per question, for evaluation; ``image`` is relative to easy-VQA's data folder."""
+def test_rows(questions: List[Question]) -> List[Dict[str, Any]]:
+    """One row per question of the test split; ``image`` is relative to easy-VQA's data folder."""
     return [
         {
-            "image": f"{split}/images/{picture}.png",
+            "image": f"test/images/{picture}.png",
             "question_type": question_type(question),
             "conversations": [[f"<image>\n{question}", answer]],
         }
         for question, answer, picture in questions
     ]
+
+
+def train_rows(questions: List[Question], rounds: int, rng: random.Random) -> List[Dict[str, Any]]:
+    """One row per picture of the train split, with at most ``rounds`` of its questions in random order."""
+    asked: Dict[int, List[Question]] = defaultdict(list)
+    for item in questions:
+        asked[item[2]].append(item)
+    rows = []
+    for picture, items in sorted(asked.items()):
+        turns = [[question, answer] for question, answer, _ in rng.sample(items, min(rounds, len(items)))]
+        turns[0][0] = f"<image>\n{turns[0][0]}"
+        rows.append({"image": f"train/images/{picture}.png", "conversations": turns})
+    return rows

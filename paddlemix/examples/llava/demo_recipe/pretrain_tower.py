@@ -1,9 +1,8 @@
 """Stage 1: teaches the vision tower to see the objects of a picture; the heads that ask for them are thrown away.
 
-The tower's patches are taken in cells of 2 x 2. In the cell that holds an object's centre, each patch has its own duty:
-the first tells colour and size, the second the shape, the third left and top, the fourth right and bottom of the box. Read
-in order, the features are a line of text, "red circle", which is what the decoder knows how to read. Every patch is
-also asked what covers it, which teaches the layers below quickly.
+The tower's patches are taken in cells of 2 x 2. In the cell that holds an object's centre, all four patches tell the
+object's colour, shape and size, and each of them one side of its box: left, top, right, bottom. Every patch is also asked
+what covers it, which teaches the layers below quickly.
 
     python -m paddlemix.examples.llava.demo_recipe.pretrain_tower --output_dir OUT
 
@@ -26,7 +25,7 @@ from PIL import Image
 
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa, object_box, object_labels, read_questions
-from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, SIZES, cell_of, draw_scene, make_scene
+from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, SIZES, draw_scene, make_scene
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -47,28 +46,28 @@ VALIDATION_SEEDS = range(900_000_000, 900_000_512)
 Target = Tuple[Optional[str], Optional[str], Optional[str], Tuple[float, float, float, float]]
 
 
-def cell_patches() -> List[np.ndarray]:
-    """For each duty (colour, shape, left-top, right-bottom), the patch of every cell in raster order."""
+def cell_patches() -> np.ndarray:
+    """[4, C]: for each place in a cell (and so for each side of the box), the patch of every cell in raster order."""
     rows, columns = np.divmod(np.arange(CELLS * CELLS), CELLS)
     first = 2 * rows * GRID + 2 * columns
-    return [first, first + 1, first + GRID, first + GRID + 1]
+    return np.stack([first, first + 1, first + GRID, first + GRID + 1])
 
 
-def digits(box: Tuple[float, float, float, float]) -> List[int]:
-    """The eight decimals of a box with two of them each: 0.23, 0.33, … -> 2, 3, 3, 3, …"""
-    hundredths = [min(99, max(0, round(100 * side))) for side in box]
-    return [digit for value in hundredths for digit in divmod(value, 10)]
+def digits(box: Tuple[float, float, float, float]) -> List[Tuple[int, int]]:
+    """The two decimals of each side: 0.23, 0.33, … -> (2, 3), (3, 3), …"""
+    return [divmod(min(99, max(0, round(100 * side))), 10) for side in box]
 
 
 def labels_of(objects: List[Target]) -> Dict[str, np.ndarray]:
-    """Labels of one picture: per cell (color, shape, size, box, digits) and per patch (cover_color, cover_shape)."""
+    """Labels of one picture: color, shape, size [4, C] of the cells' patches, box [4, C] and digits [4, C, 2] of the side
+    that a patch tells, cover_color and cover_shape [P] of all patches."""
     cells = CELLS * CELLS
     labels = {
-        "color": np.full(cells, NOTHING_COLOR),
-        "shape": np.full(cells, NOTHING_SHAPE),
-        "size": np.full(cells, UNKNOWN),
-        "box": np.full((cells, 4), UNKNOWN, dtype=np.float32),
-        "digits": np.full((cells, 8), UNKNOWN),
+        "color": np.full((4, cells), NOTHING_COLOR),
+        "shape": np.full((4, cells), NOTHING_SHAPE),
+        "size": np.full((4, cells), UNKNOWN),
+        "box": np.full((4, cells), UNKNOWN, dtype=np.float32),
+        "digits": np.full((4, cells, 2), UNKNOWN),
         "cover_color": np.full(GRID * GRID, NOTHING_COLOR),
         "cover_shape": np.full(GRID * GRID, NOTHING_SHAPE),
     }
@@ -78,14 +77,14 @@ def labels_of(objects: List[Target]) -> Dict[str, np.ndarray]:
         column = min(CELLS - 1, int((left + right) / 2 * CELLS))
         row = min(CELLS - 1, int((top + bottom) / 2 * CELLS))
         cell = row * CELLS + column
-        labels["color"][cell] = COLOR_NAMES.index(color) if color else UNKNOWN
-        labels["shape"][cell] = SHAPES.index(shape) if shape else UNKNOWN
-        labels["size"][cell] = SIZES.index(size) if size else UNKNOWN
-        labels["box"][cell] = box
-        labels["digits"][cell] = digits(box)
+        labels["color"][:, cell] = COLOR_NAMES.index(color) if color else UNKNOWN
+        labels["shape"][:, cell] = SHAPES.index(shape) if shape else UNKNOWN
+        labels["size"][:, cell] = SIZES.index(size) if size else UNKNOWN
+        labels["box"][:, cell] = box
+        labels["digits"][:, cell] = digits(box)
         inside = np.outer((middle >= top) & (middle < bottom), (middle >= left) & (middle < right)).reshape(-1)
-        labels["cover_color"][inside] = labels["color"][cell]
-        labels["cover_shape"][inside] = labels["shape"][cell]
+        labels["cover_color"][inside] = labels["color"][0, cell]
+        labels["cover_shape"][inside] = labels["shape"][0, cell]
     return labels
 
 
@@ -152,11 +151,10 @@ def build(vision: Dict):
             super().__init__()
             width = vision["hidden_size"]
             self.tower = CLIPVisionTower(CLIPVisionConfig(**vision), select_layer=-1, select_feature="patch")
-            # The class token is not used by patches' duties, but attends like the rest: it stays as CLIP has it.
             self.color = nn.Linear(width, NOTHING_COLOR + 1)
             self.shape = nn.Linear(width, NOTHING_SHAPE + 1)
             self.size = nn.Linear(width, len(SIZES))
-            self.corner = nn.LayerList([nn.Linear(width, 2 + 40) for _ in range(2)])
+            self.side = nn.LayerList([nn.Linear(width, 1 + 20) for _ in range(4)])
             self.cover = nn.Linear(width, NOTHING_COLOR + NOTHING_SHAPE + 2)
             # The released CLIP starts small as well; Paddle's own defaults let the first steps overshoot.
             small = nn.initializer.Normal(std=0.02)
@@ -168,17 +166,17 @@ def build(vision: Dict):
             import paddle
 
             features = self.tower(pixel_values)  # [N, P, D]
-            first, second, third, fourth = (
-                features.index_select(paddle.to_tensor(patches), axis=1) for patches in cell_patches()
-            )
-            corners = [head(part) for head, part in zip(self.corner, (third, fourth))]  # [N, C, 42] each
+            patches = cell_patches()
+            cells = features.index_select(paddle.to_tensor(patches.reshape(-1)), axis=1)
+            cells = cells.reshape([0, *patches.shape, features.shape[-1]])  # [N, 4, C, D]
+            sides = paddle.stack([head(cells[:, place]) for place, head in enumerate(self.side)], axis=1)
             cover = self.cover(features)
             return {
-                "color": self.color(first),
-                "size": self.size(first),
-                "shape": self.shape(second),
-                "box": paddle.concat([corner[:, :, :2] for corner in corners], axis=-1),
-                "digits": paddle.concat([corner[:, :, 2:] for corner in corners], axis=-1).reshape([0, 0, 8, 10]),
+                "color": self.color(cells),
+                "shape": self.shape(cells),
+                "size": self.size(cells),
+                "box": sides[..., 0],
+                "digits": sides[..., 1:].reshape([0, 0, 0, 2, 10]),
                 "cover_color": cover[:, :, : NOTHING_COLOR + 1],
                 "cover_shape": cover[:, :, NOTHING_COLOR + 1 :],
             }
@@ -186,6 +184,7 @@ def build(vision: Dict):
     return TowerWithHeads()
 
 
+NOTHING_WEIGHT = 0.1
 LOSS_WEIGHTS = {"color": 1, "size": 0.3, "shape": 1, "digits": 1, "cover_color": 0.5, "cover_shape": 0.5}
 
 
@@ -198,11 +197,18 @@ def loss_of(outputs, labels):
     for name, weight in LOSS_WEIGHTS.items():
         logits = outputs[name].flatten(0, -2)
         target = paddle.to_tensor(labels[name]).astype("int64").flatten()
-        loss = F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="mean")
+        classes = logits.shape[-1]
+        # most cells and patches hold nothing; at full weight, saying "nothing" everywhere would be learnt for long
+        balance = (
+            paddle.ones([classes])
+            if name in ("size", "digits")
+            else paddle.to_tensor([1.0] * (classes - 1) + [NOTHING_WEIGHT])
+        )
+        loss = F.cross_entropy(logits, target, weight=balance, ignore_index=UNKNOWN, reduction="mean")
         total = total + weight * loss
     box = paddle.to_tensor(labels["box"])
-    known = (box[:, :, :1] >= 0).astype("float32")
-    distance = ((outputs["box"] - box).abs() * known).sum() / (known.sum() * 4).clip(min=1)
+    known = (box >= 0).astype("float32")
+    distance = ((outputs["box"] - box).abs() * known).sum() / known.sum().clip(min=1)
     return total + 10 * distance
 
 
@@ -212,7 +218,7 @@ def accuracy_of(outputs, labels) -> Dict[str, float]:
     there = labels["color"] != NOTHING_COLOR
     for name in ("color", "shape", "size", "digits"):
         guess = outputs[name].numpy().argmax(-1)
-        known = (labels[name] != UNKNOWN) & (there if labels[name].ndim == 2 else there[..., None])
+        known = (labels[name] != UNKNOWN) & (there if labels[name].ndim == 3 else there[..., None])
         result[name] = float((guess == labels[name])[known].mean())
     result["nothing"] = float((outputs["color"].numpy().argmax(-1) == NOTHING_COLOR)[~there].mean())
     boxes = outputs["box"].numpy()[there]
@@ -253,7 +259,6 @@ def pretrain(
         weight_decay=0.02,
         parameters=model.parameters(),
         grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
-        apply_decay_param_fun=lambda name: True,
     )
     checkpoint, start = out / "checkpoint.pdparams", 0
     if checkpoint.is_file():

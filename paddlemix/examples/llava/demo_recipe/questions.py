@@ -10,11 +10,23 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject
 
-__all__ = ["IN_A_SENTENCE", "QUESTION_TYPES", "Round", "ask", "box_text", "caption", "conversation", "dense_caption"]
+__all__ = [
+    "IN_A_SENTENCE",
+    "QUESTION_TYPES",
+    "Round",
+    "ask",
+    "box_text",
+    "caption",
+    "conversation",
+    "dense_caption",
+    "test_rows",
+    "to_row",
+]
 
 IN_A_SENTENCE = "Answer in a sentence."
 _BOX = re.compile(r"0\.\d\d(, 0\.\d\d){3}")
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
+_WHOLE = ("caption", "list")
 APART = 0.12  # centres closer than this along an axis are neither left nor right (above nor below) of each other
 
 
@@ -179,6 +191,10 @@ def _caption(rng: random.Random, scene: Scene) -> Round:
     return Round(rng.choice(DESCRIBE), caption(scene), "caption")
 
 
+def _list(rng: random.Random, scene: Scene) -> Round:
+    return Round("List the objects with their boxes.", dense_caption(scene), "list")
+
+
 _MAKERS: Dict[str, Callable[[random.Random, Scene], Optional[Round]]] = {
     "exist": _exist,
     "color": _color,
@@ -190,6 +206,7 @@ _MAKERS: Dict[str, Callable[[random.Random, Scene], Optional[Round]]] = {
     "box": _box,
     "region": _region,
     "caption": _caption,
+    "list": _list,
 }
 QUESTION_TYPES = tuple(_MAKERS)
 
@@ -204,8 +221,8 @@ def conversation(
 ) -> List[Round]:
     """A chat of at most ``rounds`` rounds that mixes the kinds and asks nothing twice.
 
-    What an earlier round gave away teaches no seeing: a box is named once, and a description ends most of the chats that
-    have one.
+    What an earlier round gave away teaches no seeing, so a box is named once, and of description and list there is at
+    most one, which comes last, or sometimes first.
 
     Args:
         weights: how often each kind is asked; default: all alike.
@@ -216,23 +233,39 @@ def conversation(
         if len(chosen) == rounds:
             break
         kind = rng.choices(kinds, [weights[k] for k in kinds] if weights else None)[0]
-        if kind == "caption" and any(r.kind == kind for r in chosen):
-            continue
         made = ask(kind, rng, scene)
         if made is not None and not any(_gives_away(other, made) for other in chosen):
             chosen.append(made)
-    if rng.random() < 0.8:
-        chosen.sort(key=lambda one: one.kind == "caption")
+    # a description or a list names everything; it ends the chat, but for some chats that it opens
+    chosen.sort(key=lambda one: one.kind in _WHOLE)
+    if len(chosen) > 1 and chosen[-1].kind in _WHOLE and rng.random() < 0.3:
+        chosen.insert(0, chosen.pop())
     return chosen
 
 
 def _gives_away(earlier: Round, later: Round) -> bool:
+    if earlier.question == later.question or (earlier.kind in _WHOLE and later.kind in _WHOLE):
+        return True
     box = _BOX.search(f"{later.question} {later.answer}")
-    return earlier.question == later.question or bool(box and box.group() in f"{earlier.question} {earlier.answer}")
+    return later.kind != "list" and bool(box and box.group() in f"{earlier.question} {earlier.answer}")
 
 
 def to_row(image: str, rounds: Sequence[Round]) -> Dict[str, Any]:
     """A row of the toolkit's format; the picture comes before the first question."""
     turns = [[one.question, one.answer] for one in rounds]
     turns[0][0] = f"<image>\n{turns[0][0]}"
-    return {"image": image, "question_type": [one.kind for one in rounds], "conversations": turns}
+    return {"image": image, "conversations": turns}
+
+
+def test_rows(image: str, scene: Scene) -> List[Dict[str, Any]]:
+    """A question of each kind about a scene, each in a row of its own, so that none gives another away."""
+    rng = random.Random(f"test-{scene.seed}")
+    rows = []
+    for kind in QUESTION_TYPES:
+        made = ask(kind, rng, scene)
+        if made is not None:
+            row = {**to_row(image, [made]), "question_type": kind}
+            if kind in _WHOLE:
+                row["facts"] = [[obj.name for obj in scene.objects]]
+            rows.append(row)
+    return rows

@@ -1,0 +1,89 @@
+"""Writes the recipe's data: drawn pictures and the JSON files of stage 2, stage 3 and the tests."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, Dict, List
+
+from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
+from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
+
+__all__ = ["KINDS", "write_data", "write_test_scenes"]
+
+ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000  # the tower's pictures have seeds from 0
+ROUNDS = 12
+# How often a chat asks each kind; those that need more than reading off one object are asked more.
+KINDS = {
+    "exist": 2,
+    "color": 1,
+    "shape": 1,
+    "size": 1,
+    "count": 2,
+    "position": 1,
+    "relation": 2,
+    "box": 2,
+    "region": 1,
+    "caption": 1,
+    "list": 3,
+}
+
+
+def write_data(
+    folder: Path, easy_vqa: Path, align_rows: int, instruct_scenes: int, instruct_easy: int, seed: int
+) -> None:
+    """Writes ``align.json``, ``instruct.json``, ``scenes_test.json``, ``easy_vqa_test.json`` and ``images/``.
+
+    Args:
+        easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
+        align_rows: scenes with a dense caption, for stage 2.
+        instruct_scenes: chats about scenes, for stage 3.
+        instruct_easy: chats about easy-VQA's train pictures, for stage 3.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    align = []
+    for number in range(align_rows):
+        scene = make_scene(ALIGN_SEED + number)
+        draw_scene(scene).save(images / f"{scene.seed}.png")
+        align.append(
+            {"image": f"images/{scene.seed}.png", "conversations": [["<image>", questions.dense_caption(scene)]]}
+        )
+    _write(folder / "align.json", align)
+
+    rng = random.Random(f"instruct-{seed}")
+    instruct = []
+    for number in range(instruct_scenes):
+        scene = make_scene(INSTRUCT_SEED + number)
+        draw_scene(scene).save(images / f"{scene.seed}.png")
+        rounds = questions.conversation(scene, ROUNDS, rng, KINDS)
+        instruct.append(questions.to_row(f"images/{scene.seed}.png", rounds))
+    easy = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
+    instruct += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(instruct_easy, len(easy)))]
+    rng.shuffle(instruct)
+    _write(folder / "instruct.json", instruct)
+
+    test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
+    random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
+    _write(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
+    write_test_scenes(folder)
+
+
+def write_test_scenes(folder: Path) -> None:
+    """``scenes_test.json`` and its pictures: the 500 scenes of ``TEST_SEEDS``, a question of each kind about each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in TEST_SEEDS:
+        scene = make_scene(seed)
+        draw_scene(scene).save(folder / "images" / f"{seed}.png")
+        rows += questions.test_rows(f"images/{seed}.png", scene)
+    _write(folder / "scenes_test.json", rows)
+
+
+def _absolute(row: Dict[str, Any], folder: Path) -> Dict[str, Any]:
+    return {**row, "image": str(folder.absolute() / row["image"])}
+
+
+def _write(path: Path, rows: List[Dict[str, Any]]) -> None:
+    """One row per line inside a JSON array, as errors name lines."""
+    body = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{body}\n]\n", encoding="utf-8")

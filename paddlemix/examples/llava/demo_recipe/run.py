@@ -1,0 +1,185 @@
+"""The default model from nothing but its parts: one command, which goes on where it was stopped.
+
+    python paddlemix/examples/llava/demo_recipe/run.py --output_dir demo_recipe_out
+
+    data      drawn scenes and easy-VQA, as the JSON files of training and tests
+    tower     stage 1: the vision tower learns to see objects (pretrain_tower.py)
+    base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
+    align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
+    instruct  stage 3: LoRA on the decoder and the projector, on chats (supervised_finetune.py, stage3_instruct.json)
+    evaluate  tools/evaluate.py on the tests, with the pictures and with blank ones
+    export    the tower, the projector and the adapter in fp16, as the package ships them
+
+A step that is done leaves a file in ``done/``; remove it to do the step again. The last checkpoint of a step that was
+killed is taken up.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
+
+from paddlemix.errors import UserError
+
+logger = logging.getLogger("paddlemix.demo_recipe")
+
+HERE = Path(__file__).resolve().parent
+TOOLS = HERE.parents[2] / "tools"
+STEPS = ("data", "tower", "base", "align", "instruct", "evaluate", "export")
+
+
+class Recipe:
+    """The steps, each a method; they hand each other files in ``output_dir``."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.out = Path(arguments.output_dir).absolute()
+
+    def run(self) -> None:
+        """Does the steps that are not done yet, in order, up to ``--until``."""
+        (self.out / "done").mkdir(parents=True, exist_ok=True)
+        for name in STEPS[: STEPS.index(self.arguments.until) + 1]:
+            marker = self.out / "done" / f"{name}.json"
+            if marker.is_file():
+                logger.info("%s is done already", name)
+                continue
+            logger.info("%s begins", name)
+            began = time.time()
+            step: Callable[[], Optional[Dict[str, Any]]] = getattr(self, name)
+            figures = step() or {}
+            marker.write_text(json.dumps({"minutes": round((time.time() - began) / 60, 1), **figures}, indent=1))
+
+    def data(self) -> None:
+        from paddlemix.examples.llava.demo_recipe.data import write_data
+        from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
+
+        a = self.arguments
+        easy = find_easy_vqa(a.easy_vqa)
+        write_data(self.out / "data", easy, a.align_rows, a.instruct_scenes, a.instruct_easy_vqa, a.seed)
+
+    def tower(self) -> Dict[str, Any]:
+        from paddlemix.examples.llava.demo_recipe.pretrain_tower import pretrain
+        from paddlemix.models.llava.demo import DEMO_VISION
+
+        a = self.arguments
+        return pretrain(str(self.out / "tower"), DEMO_VISION, steps=a.tower_steps, seed=a.seed, easy_vqa=a.easy_vqa)
+
+    def base(self) -> Dict[str, Any]:
+        from safetensors.numpy import load_file, save_file
+
+        from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+        from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
+        from paddlemix.examples.llava.demo_recipe.fit_projector import Words, fit_projector
+        from paddlemix.examples.llava.demo_recipe.pretrain_tower import EasyVQAPictures
+        from paddlemix.models.llava.demo import build, find_smollm2
+
+        folder, scratch = self.out / "base", self.out / "base.partial"
+        for old in (folder, scratch):
+            shutil.rmtree(old, ignore_errors=True)
+        build(scratch, find_smollm2(), [])  # tower and projector at random
+        model = LlavaLlamaForCausalLM.from_pretrained(scratch)
+        processor = LlavaProcessor.from_pretrained(scratch)
+        model.set_state_dict(load_file(str(self.out / "tower" / "tower.safetensors")))
+        words = Words(model.llama.embed_tokens.weight.numpy(), processor.tokenizer.encode)
+        easy = EasyVQAPictures(find_easy_vqa(self.arguments.easy_vqa))
+        steps = self.arguments.projector_steps
+        explained = fit_projector(model.llama.vision_tower, model.llama.mm_projector, words, easy, steps)
+        logger.info("the projector explains %.3f of the targets' variance", explained)
+        shutil.rmtree(scratch)
+        parts = []
+        for name in ("vision_tower", "mm_projector"):
+            tensors = {key: value.numpy() for key, value in model.state_dict().items() if f"llama.{name}." in key}
+            parts.append(self.out / f"base_{name}.safetensors")
+            save_file(tensors, str(parts[-1]))
+        build(scratch, find_smollm2(), parts)
+        scratch.rename(folder)
+        return {"explained": explained}
+
+    def align(self) -> None:
+        self._finetune("stage2", "stage2_align.json", self.out / "base", "align.json")
+
+    def instruct(self) -> None:
+        self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", "instruct.json")
+
+    def _finetune(self, name: str, shipped: str, model: Path, data: str) -> None:
+        """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
+        config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
+        config["model_name_or_path"] = str(model)
+        config["output_dir"] = str(self.out / name)
+        config["dataset"]["train"][0]["data_files"] = str(self.out / "data" / data)
+        path = self.out / f"{name}.json"
+        path.write_text(json.dumps(config, indent=4), encoding="utf-8")
+        self._call([sys.executable, str(TOOLS / "supervised_finetune.py"), str(path)])
+
+    def evaluate(self) -> Dict[str, Any]:
+        """Both tests, greedy; then with blank pictures."""
+        figures = {}
+        for test in ("easy_vqa_test", "scenes_test"):
+            for blank in (False, True):
+                name = f"{test}{'_blank' if blank else ''}"
+                figures[name] = self._evaluate(name, self.out / "data" / f"{test}.json", blank)
+        return figures
+
+    def _evaluate(self, name: str, data: Path, blank: bool) -> Dict[str, Any]:
+        from paddlemix.tools import evaluate
+
+        command = ["--model_name_or_path", str(self.out / "stage3"), "--data_file", str(data)]
+        command += ["--output_file", str(self.out / f"{name}.predictions.jsonl"), "--batch_size", "16"]
+        command += ["--blank_image"] if blank else []
+        command += ["--limit", str(self.arguments.eval_limit)] if self.arguments.eval_limit else []
+        figures = evaluate.run(evaluate.parse(command))
+        logger.info("%s\n%s", name, evaluate.table(figures))
+        return figures
+
+    def export(self) -> None:
+        from paddlemix.examples.llava.demo_recipe.export import export
+
+        export(self.out / "stage3", self.out / "weights")
+
+    @staticmethod
+    def _call(command: List[str]) -> None:
+        logger.info("%s", " ".join(command))
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            raise UserError(f"{Path(command[1]).name} ended with status {status}; its message is above.")
+
+
+def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="demo_recipe_out")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
+    parser.add_argument("--easy_vqa", help="easy-VQA's data folder [the installed package's]")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tower_steps", type=int, default=1500, help="steps of 32 pictures")
+    parser.add_argument("--projector_steps", type=int, default=400)
+    parser.add_argument("--align_rows", type=int, default=400, help="rows of stage 2")
+    parser.add_argument("--instruct_scenes", type=int, default=1200, help="chats of stage 3 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=400, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    from paddlemix.runtime import prepare_cpu
+
+    prepare_cpu()
+    try:
+        Recipe(arguments).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

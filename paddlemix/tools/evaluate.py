@@ -1,0 +1,274 @@
+"""Scores a checkpoint's answers on a data file: VQA accuracy, boxes, captions, for each type of question.
+
+    python paddlemix/tools/evaluate.py --model_name_or_path M --data_file test.json --output_file predictions.jsonl
+
+The file is any that fine-tuning takes. Each assistant turn of a row is a question to the model, with the row's own answers
+as the history; the answer is generated greedily. Two keys of a row are read besides (one entry per assistant turn, or one
+for all of them):
+
+    "question_type": "color"                       the line of the table in which the turn counts
+    "facts": [["red circle", "blue star"], null]   phrases that a description should name; null: another score
+
+How a turn is scored follows from its reference: by its facts where it has some (the share that is named), by overlap where
+the reference is a box (right from an intersection over union of 0.5), else by exact match after the normalisation of the
+VQA challenge.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddlemix.errors import UserError
+
+logger = logging.getLogger("paddlemix.evaluate")
+
+IOU_THRESHOLD = 0.5
+METRICS = {"exact": "exact match", "box": f"IoU >= {IOU_THRESHOLD}", "facts": "facts named"}
+
+
+class Turn(NamedTuple):
+    """One question to the model: the messages up to it, the pictures in them, and what is right."""
+
+    row: int
+    turn: int
+    messages: List[Dict[str, str]]
+    images: List[Any]
+    reference: str
+    question_type: str
+    facts: Optional[List[str]]
+
+
+def read_turns(data_file: str, limit: Optional[int] = None) -> List[Turn]:
+    """Every assistant turn of the first ``limit`` rows."""
+    from paddlemix.datasets.files import RowFile
+    from paddlemix.models.llava.constants import IMAGE_TOKEN
+    from paddlemix.processors.rows import parse_row
+
+    rows = RowFile(data_file)
+    turns: List[Turn] = []
+    for number in range(len(rows) if limit is None else min(limit, len(rows))):
+        row = rows[number]
+        try:
+            messages, images = parse_row(row)
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            types = _per_turn(row, "question_type", len(answers), str, "all")
+            facts = _per_turn(row, "facts", len(answers), list, None)
+        except UserError as error:
+            raise UserError(f"{rows.where(number)}: {error}") from None
+        for order, position in enumerate(answers):
+            history = messages[:position]
+            seen = sum(message["content"].count(IMAGE_TOKEN) for message in history)
+            turns.append(
+                Turn(number, order, history, images[:seen], messages[position]["content"], types[order], facts[order])
+            )
+    for problem in rows.problems:
+        raise UserError(str(problem))
+    if not turns:
+        raise UserError(f"{data_file} has no assistant turn, so there is nothing to evaluate.")
+    return turns
+
+
+def _per_turn(row: Dict[str, Any], key: str, count: int, kind: type, default: Any) -> List[Any]:
+    """The row's value of ``key`` for each of ``count`` turns."""
+    value = row.get(key, default)
+    if value is None or isinstance(value, str):
+        value = [value] * count
+    if not isinstance(value, list) or len(value) != count or not all(v is None or isinstance(v, kind) for v in value):
+        raise UserError(f"{key!r} is {value!r:.60}; expected one entry for each of the {count} assistant turn(s).")
+    return [default if entry is None else entry for entry in value]
+
+
+def score(turn: Turn, prediction: str) -> Tuple[str, float]:
+    """(metric, score in 0..1) of an answer; the metric is a key of ``METRICS``."""
+    from paddlemix.evaluation.captions import fact_recall
+    from paddlemix.evaluation.grounding import find_box, iou, is_box
+    from paddlemix.evaluation.vqa import exact_match
+
+    if turn.facts:
+        return "facts", fact_recall(prediction, turn.facts)
+    if is_box(turn.reference):
+        return "box", float(iou(find_box(prediction), find_box(turn.reference)) >= IOU_THRESHOLD)
+    return "exact", float(exact_match(prediction, turn.reference))
+
+
+def predict(
+    model,
+    processor,
+    turns: Sequence[Turn],
+    *,
+    image_folder: Path,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    conv_mode: Optional[str] = None,
+    blank_image: bool = False,
+    progress: bool = True,
+) -> Iterator[Tuple[int, str]]:
+    """Yields (index in ``turns``, the model's answer), in batches of prompts of like length.
+
+    Args:
+        image_folder: what relative paths of pictures are relative to.
+        conv_mode: template name; default the checkpoint's.
+        blank_image: shows a gray picture of the same size in place of each, to see what is answered without seeing.
+        progress: show a progress bar on standard error.
+    """
+    from PIL import Image
+    from tqdm import tqdm
+
+    from paddlemix.models.llava.conversation import get_template
+    from paddlemix.processors.images import load_image
+
+    @lru_cache(maxsize=64)
+    def picture(source: str) -> Image.Image:
+        image = load_image(source)
+        return Image.new("RGB", image.size, (128, 128, 128)) if blank_image else image
+
+    def locate(source: str) -> str:
+        is_path = isinstance(source, str) and "://" not in source and not source.startswith("data:")
+        return str(image_folder / source) if is_path else source
+
+    template = get_template(conv_mode or processor.config.conversation_template)
+    prompts = [template.render(turn.messages, add_generation_prompt=True) for turn in turns]
+    order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), len(prompts[i])))
+    with tqdm(total=len(turns), unit="answer", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            images = [picture(locate(source)) for i in chosen for source in turns[i].images]
+            batch = processor(text=[prompts[i] for i in chosen], images=images or None)
+            ids, _ = model.generate(**batch, max_new_tokens=max_new_tokens, decode_strategy="greedy_search")
+            for i, row in zip(chosen, ids.tolist()):
+                yield i, _answer(processor, row, template.stop_strings)
+            bar.update(len(chosen))
+
+
+def _answer(processor, ids: List[int], stop_strings: Sequence[str]) -> str:
+    """The text up to the end token or the first stop string."""
+    ends = set(processor.config.eos_token_ids)
+    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    text = processor.decode(ids[:length])
+    for stop in stop_strings:
+        text = text.split(stop)[0]
+    return text.strip()
+
+
+def evaluate(turns: Sequence[Turn], predictions: Dict[int, str]) -> Dict[str, Dict[str, Any]]:
+    """Scores by type of question: ``{"color": {"metric": "exact", "count": 500, "score": 0.97}, …}``.
+
+    A type that mixes metrics has one line for each, ``type (metric)``.
+    """
+    scores: Dict[Tuple[str, str], List[float]] = defaultdict(list)
+    for index, prediction in predictions.items():
+        metric, value = score(turns[index], prediction)
+        scores[turns[index].question_type, metric].append(value)
+    kinds = [kind for kind, _ in scores]
+    return {
+        kind if kinds.count(kind) == 1 else f"{kind} ({metric})": {
+            "metric": metric,
+            "count": len(values),
+            "score": sum(values) / len(values),
+        }
+        for (kind, metric), values in sorted(scores.items())
+    }
+
+
+def table(figures: Dict[str, Dict[str, Any]]) -> str:
+    """The figures as text, one line per type, and a line for each metric over all types."""
+    total: Dict[str, List[float]] = defaultdict(lambda: [0, 0.0])
+    lines = [f"{'question type':24} {'metric':12} {'turns':>7} {'score':>8}"]
+    for kind, figure in figures.items():
+        total[figure["metric"]][0] += figure["count"]
+        total[figure["metric"]][1] += figure["count"] * figure["score"]
+        lines.append(f"{kind:24} {METRICS[figure['metric']]:12} {figure['count']:7} {100 * figure['score']:7.2f}%")
+    if len(figures) > 1:
+        for metric, (count, points) in total.items():
+            lines.append(f"{'all':24} {METRICS[metric]:12} {int(count):7} {100 * points / count:7.2f}%")
+    return "\n".join(lines)
+
+
+def save_predictions(path: str, turns: Sequence[Turn], predictions: Dict[int, str]) -> None:
+    """JSON lines in the data file's order: row, turn, question, reference, prediction, question_type, metric, score."""
+    with open(path, "w", encoding="utf-8") as file:
+        for index in sorted(predictions):
+            turn, prediction = turns[index], predictions[index]
+            metric, value = score(turn, prediction)
+            record = {
+                "row": turn.row,
+                "turn": turn.turn,
+                "question": turn.messages[-1]["content"],
+                "reference": turn.reference,
+                "prediction": prediction,
+                "question_type": turn.question_type,
+                "metric": metric,
+                "score": value,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="folder or name of the checkpoint")
+    parser.add_argument("--data_file", required=True, help="JSON array or JSON lines, as fine-tuning takes it")
+    parser.add_argument("--image_folder", help="what pictures' paths are relative to [the data file's folder]")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="rows to evaluate, from the first [all]")
+    parser.add_argument("--output_file", help="where to write the predictions, as JSON lines")
+    parser.add_argument("--conv_mode", help="conversation template [the checkpoint's]")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 [what the device computes in]")
+    parser.add_argument("--blank_image", action="store_true", help="show a gray picture in place of each")
+    arguments = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; expected a number from 1.")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
+    """Reads, predicts, saves; returns the figures of :func:`evaluate`."""
+    turns = read_turns(arguments.data_file, arguments.limit)
+    if arguments.output_file and not Path(arguments.output_file).absolute().parent.is_dir():
+        raise UserError(f"--output_file is {arguments.output_file}, in a folder that doesn't exist.")
+    from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+
+    model = LlavaLlamaForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+    processor = LlavaProcessor.from_pretrained(arguments.model_name_or_path)
+    answers = predict(
+        model,
+        processor,
+        turns,
+        image_folder=Path(arguments.image_folder or Path(arguments.data_file).parent),
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        conv_mode=arguments.conv_mode,
+        blank_image=arguments.blank_image,
+    )
+    predictions = dict(answers)
+    if arguments.output_file:
+        save_predictions(arguments.output_file, turns, predictions)
+    return evaluate(turns, predictions)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    try:
+        arguments = parse(argv)
+        from paddlemix.runtime import prepare_cpu
+
+        prepare_cpu()
+        figures = run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
