@@ -127,7 +127,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
 
 
 def default_model() -> str:
-    from paddlemix.models.llava.demo import DEFAULT_MODEL
+    from paddlemix.models.llava.hub import DEFAULT_MODEL
 
     return DEFAULT_MODEL
 
@@ -138,16 +138,6 @@ def refuse_half_on_cpu(dtype: Optional[str]) -> None:
 
 
 # ---- loading ----
-
-
-def be_quiet() -> None:
-    """Keeps the reports of the libraries from between the lines of the chat."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    if not sys.stderr.isatty():  # at a terminal the progress of a download is worth seeing
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    logging.getLogger("paddlemix").setLevel(logging.WARNING)
 
 
 def choose_device(name: Optional[str]) -> str:
@@ -201,35 +191,41 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
             raise UserError(f"--conv-mode is {args.conv_mode!r}; expected one of {', '.join(conv_templates)}.")
     if args.lora_path is not None and not Path(args.lora_path).expanduser().is_dir():
         raise UserError(f"--lora-path is {args.lora_path!r}, which is no folder; expected that of a LoRA adapter.")
+    from paddlemix.models.llava.hub import resolve
+
     image = None
     if args.image_file is not None:
         from paddlemix.processors.images import load_image
 
         image = load_image(args.image_file)
 
-    from paddlemix.runtime import prepare_cpu
+    if args.device is None and args.dtype is None:  # else these are looked at before anything is downloaded
+        resolve(args.model_path)
 
+    from paddlemix.runtime import prepare_cpu, quiet_start
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("paddlemix").setLevel(logging.DEBUG if args.debug else logging.WARNING)
     settings = prepare_cpu()
     if args.debug:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        logging.getLogger("paddlemix").setLevel(logging.DEBUG)
         debug(f"environment: {', '.join(settings) or 'nothing set'}")
     else:
-        be_quiet()
+        quiet_start()
+        warnings.filterwarnings("ignore")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    if not args.debug:
-        from paddlenlp.utils.log import logger
-
-        logger.set_level("ERROR")
+    folder = resolve(args.model_path)
 
     from paddlemix.models.llava.chat import LlavaChat
+    from paddlemix.models.llava.checkpoint import merge_lora
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
 
     started = time.perf_counter()
-    model = LlavaLlamaForCausalLM.from_pretrained(args.model_path, dtype=dtype)
-    processor = LlavaProcessor.from_pretrained(args.model_path)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    if args.lora_path is not None:
+        merge_lora(model, args.lora_path)
+    processor = LlavaProcessor.from_pretrained(folder)
     if args.debug:
         debug(f"model: {args.model_path} on {device} in {dtype}, {time.perf_counter() - started:.1f} s")
     chat = LlavaChat(

@@ -77,13 +77,21 @@ class TerminalReader:
 
     def __init__(self, commands: Mapping[str, bool]):
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.shortcuts import CompleteStyle
 
+        # without menus nobody has to ask the terminal where its cursor is, which not every one answers
+        os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self.session = PromptSession(
-            history=_history(), completer=_completer(commands), complete_while_typing=False, enable_suspend=True
+            history=_history(),
+            completer=_completer(commands),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            complete_while_typing=False,
+            enable_suspend=True,
         )
 
     def read(self, prompt: str) -> str:
-        return self.session.prompt(prompt)
+        # with a colour, if only the default one, the space after the colon is written and not just skipped
+        return self.session.prompt([("fg:default", prompt)])
 
     def clean(self, text: str) -> str:
         return text.translate(CONTROL)

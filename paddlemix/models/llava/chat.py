@@ -24,7 +24,7 @@ import paddle
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
-from paddlemix.models.llava.constants import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
 from paddlemix.models.llava.generation import GenerationSettings, Sampler, decode_steps
 
@@ -407,11 +407,13 @@ class LlavaChat:
         return messages
 
     def _content(self, question: str, pictures: Sequence[Picture]) -> str:
-        """The question with a placeholder for each picture; those that it doesn't place itself come first."""
-        mark = IMAGE_TOKEN
-        if self.config.mm_use_im_start_end:
-            mark = IMAGE_START_TOKEN + IMAGE_TOKEN + IMAGE_END_TOKEN
-        return f"{mark}\n" * (len(pictures) - question.count(IMAGE_TOKEN)) + question
+        """The question with a placeholder for each picture; those that it doesn't place itself come first.
+
+        The marks around a placeholder are those of the training; start and end tokens are the processor's matter.
+        """
+        content = f"{IMAGE_TOKEN}\n" * (len(pictures) - question.count(IMAGE_TOKEN)) + question
+        before, after = getattr(self.template, "image_marks", ("", ""))
+        return content.replace(IMAGE_TOKEN, before + IMAGE_TOKEN + after)
 
     def _plan(self, rounds: Tuple[Round, ...], question: str, pictures: Tuple[Picture, ...]) -> _Plan:
         """The prompt of a question after some rounds; without the oldest rounds if the context can't hold them all.
@@ -579,9 +581,8 @@ class LlavaChat:
         """Image features [K, D]; the tower sees every picture once."""
         if picture.digest not in self._features:
             pixel_values = paddle.to_tensor(self.processor.image_processor.preprocess(picture.image))
-            sizes = paddle.to_tensor([list(picture.size)], dtype="int64")
             self.stats.tower_calls += 1
-            self._features[picture.digest] = self.model.encode_images(pixel_values, sizes)[0]
+            self._features[picture.digest] = self.model.encode_images(pixel_values, [picture.size])[0]
         return self._features[picture.digest]
 
     # small parts
