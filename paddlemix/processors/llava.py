@@ -23,7 +23,7 @@ from paddlemix.processors.labels import (
     wrap_images,
 )
 from paddlemix.processors.rows import ImageCountError, parse_row
-from paddlemix.processors.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from paddlemix.processors.tokenizer import JSON_FILE, MODEL_FILE, StreamDecoder, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from PIL import Image
@@ -57,6 +57,12 @@ class LlavaProcessor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.config = config
+        if tokenizer.vocab_size > config.vocab_size:
+            logger.warning(
+                "The tokenizer has %d tokens but the model only %d (vocab_size): they are of different checkpoints.",
+                tokenizer.vocab_size,
+                config.vocab_size,
+            )
 
     @classmethod
     def from_pretrained(
@@ -83,12 +89,18 @@ class LlavaProcessor:
             config = deepcopy(config)
             config.image_aspect_ratio = image_aspect_ratio
             config.validate()
+        if not any((folder / name).is_file() for name in (JSON_FILE, MODEL_FILE)):
+            folder = checkpoint.lora_base(folder) or folder  # an adapter alone goes by its base
         image_processor = None
         if config.vision is not None:
             image_processor = LlavaImageProcessor.from_pretrained(
                 folder, config=config, image_aspect_ratio=image_aspect_ratio
             )
         return cls(load_tokenizer(folder), image_processor, config)
+
+    def __iter__(self):
+        """``processor, tokenizer = AutoProcessorMIX.from_pretrained(…)``, as the toolkit's scripts have it."""
+        return iter((self, self.tokenizer))
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Writes tokenizer and image processor into ``folder``, and the config if none is there."""
@@ -141,8 +153,8 @@ class LlavaProcessor:
         """
         import paddle
 
-        prompts = [text] if isinstance(text, str) else list(text)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        prompts = [text] if isinstance(text, str) else text
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise UserError("The processor got no prompt; expected a text or a list of texts.")
         pictures = [[self.load_image(image) for image in row] for row in _deal_out(prompts, images)]
         rows = [self.tokenize_prompt(prompt, [image.size for image in row]) for prompt, row in zip(prompts, pictures)]

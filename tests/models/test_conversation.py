@@ -99,7 +99,9 @@ def test_a_system_message_replaces_the_templates_own():
     messages = [{"role": "system", "content": "Be brief."}, *turns("Q", "A")]
     assert conv_templates["vicuna_v1"].render(messages) == "Be brief. USER: Q ASSISTANT: A</s>"
     assert conv_templates["llava_llama_2"].render(messages) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ [/INST] A </s>"
-    assert conv_templates["mpt"].render(messages).startswith("<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\n")
+    assert (
+        conv_templates["mpt"].render(messages).startswith("<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\n")
+    )
     assert "Be brief." not in conv_templates["vicuna_v1"].render(turns("Q"))  # and only for that conversation
 
 

@@ -244,7 +244,10 @@ def test_align_gives_a_normalized_or_unknown_token_what_lies_between():
         (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\xfe"), "tokenizer.json can't be opened"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is no JSON"),
         (lambda folder: (folder / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json holds a list"),
-        (lambda folder: (folder / "added_tokens.json").write_text('{"<x>": "y"}'), "special tokens in .* can't be read"),
+        (
+            lambda folder: (folder / "added_tokens.json").write_text('{"<x>": "y"}'),
+            "special tokens in .* can't be read",
+        ),
         (lambda folder: shutil.rmtree(folder), "No tokenizer in"),
     ],
 )
