@@ -23,7 +23,7 @@ KINDS = {
     "relation": 2,
     "box": 2,
     "region": 1,
-    "caption": 1,
+    "caption": 2,
     "list": 3,
 }
 

@@ -233,7 +233,21 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def pretrain(
+def pretrain(output_dir: str, vision: Dict, **options) -> Dict[str, float]:
+    """Trains, saves ``tower.safetensors`` in ``output_dir``, and returns the accuracy on drawn validation scenes.
+
+    Args:
+        vision: sizes of the tower.
+        options: steps, batch_size, learning_rate, seed, easy_vqa (data folder) and save_minutes of :func:`_pretrain`.
+    """
+    import paddle
+
+    # The optimizer's state goes by generated names, which must not depend on what this process built before.
+    with paddle.utils.unique_name.guard():
+        return _pretrain(output_dir, vision, **options)
+
+
+def _pretrain(
     output_dir: str,
     vision: Dict,
     steps: int = 2000,
@@ -243,7 +257,6 @@ def pretrain(
     easy_vqa: Optional[str] = None,
     save_minutes: float = 2.0,
 ) -> Dict[str, float]:
-    """Trains, saves ``tower.safetensors`` in ``output_dir``, and returns the accuracy on drawn validation scenes."""
     import paddle
     from safetensors.numpy import save_file
 
@@ -251,7 +264,10 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     easy = EasyVQAPictures(find_easy_vqa(easy_vqa))
     paddle.seed(seed)
-    model = build(vision)
+    with (
+        paddle.utils.unique_name.guard()
+    ):  # the optimizer's state goes by names, which must not depend on earlier models
+        model = build(vision)
     schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: learning_rate_at(step, steps, learning_rate))
     optimizer = paddle.optimizer.AdamW(
         schedule,

@@ -1,0 +1,227 @@
+"""The recipe of the default model: pictures and answers agree, data is repeatable, the training goes on where it stopped."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from paddlemix.evaluation import find_box
+from paddlemix.examples.llava.demo_recipe import data, easy_vqa_data, questions, scenes
+from paddlemix.examples.llava.demo_recipe.run import parse
+
+SEEDS = range(200)
+
+
+def pixels_of(scene, obj, image):
+    """Where the picture is more of the object's colour than of the background, inside the object's surroundings."""
+    pixels = np.asarray(image, dtype=float)
+    color, background = np.array(scenes.COLORS[obj.color], float), np.array(scene.background, float)
+    nearer = ((pixels - color) ** 2).sum(-1) < ((pixels - background) ** 2).sum(-1)
+    side = len(pixels)
+    left, top, right, bottom = (round(v * side) for v in obj.box)
+    window = np.zeros_like(nearer)
+    window[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = True
+    return nearer & window
+
+
+def test_what_is_drawn_is_what_the_scene_says():
+    for seed in SEEDS:
+        scene = scenes.make_scene(seed)
+        image = scenes.draw_scene(scene, 128)
+        for obj in scene.objects:
+            rows, columns = np.where(pixels_of(scene, obj, image))
+            drawn = (columns.min() / 128, rows.min() / 128, (columns.max() + 1) / 128, (rows.max() + 1) / 128)
+            np.testing.assert_allclose(drawn, obj.box, atol=3 / 128, err_msg=f"{seed} {obj.name}")
+
+
+def test_scenes_follow_from_their_seed_and_tests_are_apart():
+    assert scenes.make_scene(5) == scenes.make_scene(5) != scenes.make_scene(6)
+    assert scenes.draw_scene(scenes.make_scene(5)).tobytes() == scenes.draw_scene(scenes.make_scene(5)).tobytes()
+    assert len(scenes.TEST_SEEDS) == 500
+    trained = {data.ALIGN_SEED + 10**6, data.INSTRUCT_SEED + 10**6, 10**8}
+    assert max(trained) < scenes.TEST_SEEDS.start
+    test = {scenes.draw_scene(scenes.make_scene(seed)).tobytes() for seed in scenes.TEST_SEEDS}
+    assert not test & {scenes.draw_scene(scenes.make_scene(data.INSTRUCT_SEED + seed)).tobytes() for seed in range(500)}
+
+
+def facts(scene):
+    return [(obj.color, obj.shape, obj.size, obj.box, obj.center) for obj in scene.objects]
+
+
+def check(question, answer, scene):
+    """Answers the question anew from the list of objects, for the forms that a pattern can read."""
+    objects = facts(scene)
+    short = question.replace(" " + questions.IN_A_SENTENCE, "")
+
+    def named(words):
+        return [o for o in objects if all(word in o[:3] for word in words)]
+
+    match = re.fullmatch(r"(?:Is there|Do you see) an? (.+?)(?: in the picture)?\?", short)
+    if match:
+        return answer.lower().startswith("yes") == bool(named(match[1].split()))
+    match = re.fullmatch(r"How many (.+?) (?:are there|do you see)\?", short)
+    if match:
+        words = re.sub(r"es$", "", match[1]) if match[1].endswith("crosses") else match[1][:-1]
+        words = [word for word in words.split() if word != "object"]
+        return str(len(named(words))) in answer
+    match = re.fullmatch(r"What (?:color is the|is the color of the) (\w+)\?", short)
+    if match:
+        (only,) = named([match[1]])
+        return only[0] in answer
+    match = re.fullmatch(r"(?:What shape is the (\w+) object|What is the (\w+) shape)\?", short)
+    if match:
+        (only,) = named([match[1] or match[2]])
+        return only[1] in answer
+    match = re.fullmatch(r"Is the (\w+ \w+) (.+) the (\w+ \w+)\?", short)
+    if match:
+        (a,), (b,) = named(match[1].split()), named(match[3].split())
+        axis = 0 if "left" in match[2] or "right" in match[2] else 1
+        before = a[4][axis] < b[4][axis]
+        return answer.lower().startswith("yes") == (before == (match[2] in ("to the left of", "above")))
+    match = re.fullmatch(r"(?:Give the box of the|Where is the) (\w+ \w+)[.?](?: Give its box\.)?", short)
+    if match:
+        (only,) = named(match[1].split())
+        return np.allclose(find_box(answer), only[3], atol=0.011)
+    match = re.fullmatch(r"(?:What is in|Describe) the box (.+)[.?]", short)
+    if match:
+        (only,) = [o for o in objects if np.allclose(find_box(match[1]), o[3], atol=0.011)]
+        return all(word in answer for word in only[:3])
+    return None
+
+
+def test_answers_are_right():
+    read = 0
+    for seed in SEEDS:
+        scene = scenes.make_scene(seed)
+        for made in questions.conversation(scene, 12, random.Random(seed)):
+            right = check(made.question, made.answer, scene)
+            assert right is not False, (seed, made)
+            read += right is not None
+    assert read > 1000
+
+
+def test_a_chat_asks_nothing_twice_and_gives_no_box_away():
+    for seed in SEEDS:
+        chat = questions.conversation(scenes.make_scene(seed), 12, random.Random(seed), data.KINDS)
+        assert len({made.question for made in chat}) == len(chat) >= 5
+        boxes = [re.findall(r"0\.\d\d(?:, 0\.\d\d){3}", f"{m.question} {m.answer}") for m in chat if m.kind != "list"]
+        flat = [box for found in boxes for box in found]
+        assert len(flat) == len(set(flat))
+
+
+def test_every_kind_of_question_is_asked():
+    kinds = {m.kind for s in SEEDS for m in questions.conversation(scenes.make_scene(s), 12, random.Random(s))}
+    assert kinds == set(questions.QUESTION_TYPES) == set(data.KINDS)
+
+
+def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
+    from paddlemix.processors.rows import parse_row
+
+    easy = easy_vqa_data.find_easy_vqa()
+    for name in ("a", "b"):
+        data.write_data(tmp_path / name, easy, align_rows=3, instruct_scenes=4, instruct_easy=3, seed=1)
+    for file in ("align.json", "instruct.json", "scenes_test.json", "easy_vqa_test.json"):
+        assert (tmp_path / "a" / file).read_text() == (tmp_path / "b" / file).read_text()
+        for row in json.loads((tmp_path / "a" / file).read_text())[:50]:
+            messages, images = parse_row(row)
+            assert len(images) == 1 and (tmp_path / "a" / images[0]).is_file() and messages
+    assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673
+    trained = (tmp_path / "a" / "instruct.json").read_text()
+    assert "test/images" not in trained and "train/images" in trained
+
+
+def test_labels_of_easy_vqa_follow_from_its_questions():
+    asked = [
+        ("what color is the shape?", "teal", 1),
+        ("is there not a circle?", "no", 1),
+        ("is there a red shape?", "yes", 2),
+        ("is no triangle present?", "yes", 2),
+        ("what is the blue shape?", "rectangle", 3),
+    ]
+    assert easy_vqa_data.object_labels(asked) == {
+        1: {"color": "teal", "shape": "circle"},
+        2: {"color": "red"},
+        3: {"color": "blue", "shape": "rectangle"},
+    }
+
+
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8
+)
+
+
+def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    from safetensors.numpy import load_file
+
+    from paddlemix.examples.llava.demo_recipe import pretrain_tower
+
+    monkeypatch.setattr(pretrain_tower, "VALIDATION_SEEDS", range(900_000_000, 900_000_008))
+    options = dict(vision=VISION, steps=4, batch_size=4, save_minutes=0)
+    pretrain_tower.pretrain(str(tmp_path / "whole"), **options)
+
+    original = pretrain_tower.batch_of_step
+
+    def stopping(step, *arguments):
+        if step == 2:
+            raise KeyboardInterrupt
+        return original(step, *arguments)
+
+    monkeypatch.setattr(pretrain_tower, "batch_of_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_tower.pretrain(str(tmp_path / "stopped"), **options)
+    monkeypatch.setattr(pretrain_tower, "batch_of_step", original)
+    pretrain_tower.pretrain(str(tmp_path / "stopped"), **options)
+
+    whole, stopped = (load_file(str(tmp_path / name / "tower.safetensors")) for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    for name in whole:
+        np.testing.assert_allclose(whole[name], stopped[name], atol=1e-6, err_msg=name)
+
+
+def test_labels_stand_in_the_cell_of_the_objects_centre():
+    from paddlemix.examples.llava.demo_recipe import pretrain_tower
+
+    scene = scenes.make_scene(3)
+    labels = pretrain_tower.labels_of([(o.size, o.color, o.shape, o.box) for o in scene.objects])
+    for obj in scene.objects:
+        row, column = scenes.cell_of(obj)
+        cell = 4 * row + column
+        assert (labels["color"][:, cell] == pretrain_tower.COLOR_NAMES.index(obj.color)).all()
+        text = ", ".join(f"0.{first}{second}" for first, second in labels["digits"][:, cell])
+        assert text == questions.box_text(obj.box)
+    assert (labels["color"] != pretrain_tower.NOTHING_COLOR).sum() == 4 * len(scene.objects)
+
+
+def test_the_projector_learns_to_write_words():
+    import paddle
+
+    from paddlemix.examples.llava.demo_recipe import fit_projector, pretrain_tower
+
+    random_ = np.random.RandomState(0)
+    vocabulary = {}
+    embeddings = random_.randn(60, 48).astype(np.float32)
+    words = fit_projector.Words(embeddings, lambda text: [vocabulary.setdefault(text, len(vocabulary))])
+    easy = pretrain_tower.EasyVQAPictures(easy_vqa_data.find_easy_vqa())
+    _, labels = pretrain_tower.collate([pretrain_tower.scene_picture(seed) for seed in range(3)])
+    targets = fit_projector.word_targets(labels, words)
+    assert targets.shape == (3, 64, 48)
+    obj = scenes.make_scene(1).objects[0]
+    row, column = scenes.cell_of(obj)
+    own = targets[1, 2 * row * 8 + 2 * column] - words.places[0]
+    named = sum(embeddings[vocabulary[f" {word}"]] for word in (obj.color, obj.shape, obj.size))
+    first, second = pretrain_tower.digits(obj.box)[0]
+    np.testing.assert_allclose(own, named + words.digits[first] + words.second_digits[second], atol=1e-4)
+
+    paddle.seed(0)
+    model = pretrain_tower.build(VISION)
+    projector = paddle.nn.Sequential(paddle.nn.Linear(32, 48), paddle.nn.GELU(), paddle.nn.Linear(48, 48))
+    before = [p.numpy().copy() for p in model.tower.parameters()]
+    explained = fit_projector.fit_projector(model.tower, projector, words, easy, steps=30, batch_size=4)
+    assert explained > -1 and all((b == p.numpy()).all() for b, p in zip(before, model.tower.parameters()))
+
+
+def test_command_line_has_the_defaults_of_the_readme():
+    arguments = parse([])
+    assert arguments.output_dir == "demo_recipe_out" and arguments.until == "export"
