@@ -1,0 +1,143 @@
+"""Auto*MIX: one table from the ``model_type`` in config.json to a model's classes, which are imported when asked for."""
+
+import importlib
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Union
+
+from paddlemix.errors import UserError
+
+__all__ = ["AutoConfigMIX", "AutoModelMIX", "AutoProcessorMIX", "AutoTokenizerMIX", "MODELS", "ModelClasses"]
+
+
+class ModelClasses(NamedTuple):
+    """Where a model's classes are, as ``module:name``."""
+
+    config: str
+    model: str
+    processor: str
+
+
+_LLAVA = ModelClasses(
+    config="paddlemix.models.llava.configuration:LlavaConfig",
+    model="paddlemix.models.llava.modeling:LlavaLlamaForCausalLM",
+    processor="paddlemix.processors.llava:LlavaProcessor",
+)
+
+# A further model is a further line here.
+MODELS: Dict[str, ModelClasses] = {
+    "llava": _LLAVA,  # the toolkit, Hugging Face's LLaVA-1.5
+    "llava_llama": _LLAVA,  # the original release
+    "llava_mistral": _LLAVA,
+    "llava_next": _LLAVA,  # Hugging Face's LLaVA-1.6
+    "llama": _LLAVA,  # a decoder alone, or with mm_* keys (LLaVA's first releases)
+    "mistral": _LLAVA,
+}
+
+
+def _load(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _classes(folder: Path) -> ModelClasses:
+    from paddlemix.models.llava.checkpoint import read_config
+    from paddlemix.models.llava.tensor_files import read_json
+
+    path = folder / "config.json"
+    # an adapter's folder leaves the config to its base
+    model_type = read_json(path).get("model_type") if path.is_file() else read_config(folder).model_type
+    if model_type not in MODELS:
+        raise UserError(f"{path} has model_type {model_type!r}; expected one of {', '.join(sorted(MODELS))}.")
+    return MODELS[model_type]
+
+
+class _Auto:
+    def __init__(self):
+        raise TypeError(f"{type(self).__name__} makes no objects of its own; call its from_pretrained(folder_or_name).")
+
+    @staticmethod
+    def _resolve(folder_or_name: Union[str, Path]) -> Path:
+        from paddlemix.models.llava.hub import resolve
+
+        return resolve(folder_or_name)
+
+
+class AutoConfigMIX(_Auto):
+    @classmethod
+    def from_pretrained(cls, folder_or_name: Union[str, Path], **overrides) -> Any:
+        """The configuration of a checkpoint, in any published layout.
+
+        Args:
+            overrides: keys of the configuration with other values than the checkpoint's.
+
+        Raises:
+            UserError: an unknown name or ``model_type``, a key that the configuration doesn't have.
+        """
+        folder = cls._resolve(folder_or_name)
+        return _load(_classes(folder).config).from_pretrained(folder, **overrides)
+
+
+class AutoModelMIX(_Auto):
+    @classmethod
+    def from_pretrained(cls, folder_or_name: Union[str, Path], config: Any = None, dtype: Optional[str] = None) -> Any:
+        """The model of a checkpoint, its weights loaded, ready to answer.
+
+        Args:
+            config: instead of the checkpoint's own.
+            dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU.
+
+        Raises:
+            UserError: an unknown name or ``model_type``, half a checkpoint, a tensor that doesn't fit.
+        """
+        folder = cls._resolve(folder_or_name)
+        return _load(_classes(folder).model).from_pretrained(folder, config=config, dtype=dtype)
+
+
+class AutoProcessorMIX(_Auto):
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_name: Union[str, Path],
+        text_model_name_or_path: Union[str, Path, None] = None,
+        *,
+        train: Optional[str] = None,
+        eval: Optional[str] = None,
+        max_length: Optional[int] = None,
+        **settings,
+    ) -> Any:
+        """The processor of a checkpoint.
+
+        It also unpacks, as the toolkit's scripts do: ``processor, tokenizer = AutoProcessorMIX.from_pretrained(…)``.
+
+        Args:
+            text_model_name_or_path: a folder or name to take the tokenizer from, instead of the checkpoint's own.
+            train, eval: the toolkit keeps two processors for some models and these choose one; LLaVA has one for both,
+                so that training and chat treat a picture alike.
+            max_length: written to ``tokenizer.model_max_length``.
+            settings: what the model's processor takes, for LLaVA ``config`` and ``image_aspect_ratio``.
+
+        Raises:
+            UserError: an unknown name or ``model_type``, a missing or corrupt file, ``train`` and ``eval`` at once.
+        """
+        if train and eval:
+            raise UserError(f"train is {train!r} and eval is {eval!r}; expected one of them, or none.")
+        folder = cls._resolve(folder_or_name)
+        processor = _load(_classes(folder).processor).from_pretrained(folder, **settings)
+        if text_model_name_or_path is not None:
+            processor.tokenizer = AutoTokenizerMIX.from_pretrained(text_model_name_or_path)
+        if max_length is not None:
+            processor.tokenizer.model_max_length = max_length
+        return processor
+
+
+class AutoTokenizerMIX(_Auto):
+    @classmethod
+    def from_pretrained(cls, folder_or_name: Union[str, Path]) -> Any:
+        """The tokenizer of a checkpoint.
+
+        Raises:
+            UserError: an unknown name, no tokenizer in the folder.
+        """
+        from paddlemix.processors.tokenizer import load_tokenizer
+
+        return load_tokenizer(cls._resolve(folder_or_name))
