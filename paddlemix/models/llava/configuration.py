@@ -84,6 +84,7 @@ class LlavaConfig(PretrainedConfig):
         image_grid_pinpoints (list of [width, height]): the canvases that anyres may choose from.
         conversation_template (str): a name in ``conversation.conv_templates``.
         use_flash_attention (bool): on GPU, attend through Paddle's flash attention.
+        demo_note (str): what a chat with the built-in model says at its start about what it can't do.
 
     Raises:
         UserError: a value that the model doesn't know, named with what it expected.
@@ -122,6 +123,7 @@ class LlavaConfig(PretrainedConfig):
         image_grid_pinpoints: Optional[List[List[int]]] = None,
         conversation_template: str = "vicuna_v1",
         use_flash_attention: bool = False,
+        demo_note: Optional[str] = None,
         **kwargs,
     ):
         super().__init__(
@@ -159,7 +161,27 @@ class LlavaConfig(PretrainedConfig):
         )
         self.conversation_template = conversation_template
         self.use_flash_attention = use_flash_attention
+        self.demo_note = demo_note
         self.validate()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **overrides) -> "LlavaConfig":
+        """The configuration of whatever ``LlavaLlamaForCausalLM.from_pretrained`` opens, in any published layout.
+
+        Args:
+            overrides: keys with other values than the checkpoint's.
+        """
+        from paddlemix.models.llava import checkpoint
+
+        config = checkpoint.read_config(checkpoint.resolve(pretrained_model_name_or_path))
+        for key, value in overrides.items():
+            if not hasattr(config, key):
+                raise UserError(
+                    f"LlavaConfig has no {key!r}; expected keys of config.json, such as image_aspect_ratio."
+                )
+            setattr(config, key, value)
+        config.validate()
+        return config
 
     def validate(self) -> None:
         """Refuses what the model can't honour; called by the constructor and before a save."""
