@@ -16,7 +16,7 @@ def package_file(package: str, relative: str) -> Path:
     """A file that ``package`` installs, found without importing the package."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f"The tests need the package {package}: pip install the extra 'test'.")
+        raise RuntimeError(f"The tests need a file of the package {package}; `make test` installs it.")
     return Path(spec.submodule_search_locations[0]) / relative
 
 

@@ -51,7 +51,7 @@ def convert_gguf(gguf_path: Union[str, Path], output_folder: Union[str, Path]) -
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError("Reading GGUF needs the package gguf; `pip install paddlemix[demo]` brings it.") from error
+        raise UserError("Reading GGUF needs the package gguf; `pip install gguf` brings it.") from error
 
     path, folder = Path(gguf_path), Path(output_folder)
     if not path.is_file():
