@@ -205,6 +205,12 @@ class FinetuneArguments(TrainingArguments):
             return "float32"
         return "float16" if self.fp16 else "bfloat16"
 
+    def to_sanitized_dict(self) -> Dict[str, Any]:
+        """Settings for the reporting integrations; VisualDL's writer takes no booleans."""
+        return {
+            key: str(value) if isinstance(value, bool) else value for key, value in super().to_sanitized_dict().items()
+        }
+
 
 def read_settings(argv: Sequence[str]) -> Dict[str, Any]:
     """A command line to typed settings.

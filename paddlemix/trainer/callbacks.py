@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ class ProgressCallback(TrainerCallback):
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=True)
             elif "eval_loss" in logs:
-                self.bar.write(self._line(state, logs))
+                self.bar.write(self._line(state, logs), file=sys.stderr)
         elif "train_runtime" not in logs:
             logger.info("%s", self._line(state, logs))
 

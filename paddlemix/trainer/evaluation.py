@@ -1,35 +1,26 @@
 """Evaluation while training: the loss per supervised token, and answers that the model writes by itself."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from paddlemix.errors import UserError
 from paddlemix.evaluation.grounding import find_box, iou, is_box
 from paddlemix.evaluation.vqa import exact_match
-from paddlemix.models.llava.constants import IMAGE_TOKEN
+from paddlemix.models.llava.constants import IGNORE_INDEX
 
 __all__ = ["Question", "evaluate_answers", "evaluate_loss", "questions_of", "score_answers"]
 
-logger = logging.getLogger(__name__)
-
 
 class Question(NamedTuple):
-    """One answer to write: the conversation before it, its pictures, and what the data say.
-
-    Attributes:
-        row, turn: where it is in the dataset; turn counts the answers of a row from 0.
-    """
+    """One answer to write: its row in the dataset, and which of the row's answers it is, from 0."""
 
     row: int
     turn: int
-    messages: List[Dict[str, str]]
-    images: List[Any]
-    reference: str
 
 
 def evaluate_loss(
@@ -77,20 +68,62 @@ def evaluate_loss(
 
 
 def questions_of(dataset: Any) -> List[Question]:
-    """Every answer of every row of the dataset as a question, with the row's own answers as the history.
+    """Every answer of every row of the dataset.
 
     Args:
         dataset: has a length and ``conversation(index)``, the row's messages and pictures.
     """
-    questions = []
-    for row in range(len(dataset)):
-        messages, images = dataset.conversation(row)
-        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        for turn, place in enumerate(answers):
-            history = messages[:place]
-            shown = sum(message["content"].count(IMAGE_TOKEN) for message in history)
-            questions.append(Question(row, turn, history, images[:shown], messages[place]["content"]))
-    return questions
+    return [
+        Question(row, turn)
+        for row in range(len(dataset))
+        for turn in range(sum(message["role"] == "assistant" for message in dataset.conversation(row)[0]))
+    ]
+
+
+class Prompt(NamedTuple):
+    """What the model reads before it writes an answer.
+
+    Attributes:
+        input_ids: T ids, the very ones that training shows before this answer.
+        images: pictures in it.
+        question, reference: texts, for the file of predictions.
+    """
+
+    input_ids: List[int]
+    images: List[Any]
+    question: str
+    reference: str
+
+
+def prompt_of(question: Question, dataset: Any, processor: Any) -> Prompt:
+    """The prompt of a question; the row's own earlier answers are the history."""
+    messages, sources = dataset.conversation(question.row)
+    images = [processor.load_image(source) for source in sources]
+    sizes = [image.size for image in images]
+    encoded = processor.encode_messages(messages, sizes, dataset.template)
+    begin = encoded.round_ends[question.turn - 1] if question.turn else 0
+    learned = [i for i in range(begin, encoded.round_ends[question.turn]) if encoded.labels[i] != IGNORE_INDEX]
+    ids = encoded.input_ids[: learned[0] if learned else encoded.round_ends[question.turn]]
+    place = [i for i, message in enumerate(messages) if message["role"] == "assistant"][question.turn]
+    return Prompt(
+        ids, images[: processor.count_images(ids, sizes)], messages[place - 1]["content"], messages[place]["content"]
+    )
+
+
+def make_batch(prompts: Sequence[Prompt], processor: Any) -> Dict[str, paddle.Tensor]:
+    """Prompts padded on the left, for ``generate``."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = np.full((len(prompts), longest), processor.pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt.input_ids) :] = prompt.input_ids
+        attention_mask[row, longest - len(prompt.input_ids) :] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    images = [image for prompt in prompts for image in prompt.images]
+    if images:
+        batch["pixel_values"] = np.concatenate([processor.image_processor.preprocess(image) for image in images])
+        batch["image_sizes"] = np.array([image.size for image in images], dtype=np.int64)
+    return {key: paddle.to_tensor(value) for key, value in batch.items()}
 
 
 def evaluate_answers(
@@ -108,43 +141,38 @@ def evaluate_answers(
 ) -> Dict[str, float]:
     """Greedy answers to the dataset's questions, written into ``file`` (JSON lines), and their scores.
 
-    Prompts are built and padded on the left by the processor, as in the chat.
-
     Args:
+        dataset: has a length, ``conversation(index)`` and ``template``.
         max_new_tokens: default enough for the longest reference.
-        max_questions: the first so many of this rank only.
+        max_questions: the first so many of each rank only.
         watch: passes the batches on; may raise to stop.
     """
-    template = getattr(dataset, "template", None) or processor.template
     questions = questions_of(dataset)
     if not questions:
         raise UserError("the evaluation data have no answers to compare with; look at them with check_dataset.py.")
     if max_new_tokens is None:
-        tokenizer = processor.tokenizer
-        longest = max((question.reference for question in questions), key=len)
-        max_new_tokens = len(tokenizer.encode_with_offsets(longest)[0]) + 8
-    share = questions[rank::ranks]
-    most = -(-len(questions) // ranks) if max_questions is None else max_questions
+        max_new_tokens = _longest_reference(dataset, processor) + 8
+    share = -(-len(questions) // ranks)
+    mine = questions[rank::ranks][:max_questions]
     results: List[Dict[str, Any]] = []
     # every rank makes the same number of batches, since they ask together whether to stop
-    for start in watch(range(0, min(most, -(-len(questions) // ranks)), batch_size)):
-        chosen = share[start : min(start + batch_size, most)]
+    for start in watch(range(0, share if max_questions is None else min(share, max_questions), batch_size)):
+        chosen = mine[start : start + batch_size]
         if not chosen:
             continue
-        prompts = [template.render(question.messages, add_generation_prompt=True) for question in chosen]
-        pictures = [list(question.images) for question in chosen]
-        batch = processor(text=prompts, images=pictures if any(pictures) else None)
-        ids, _ = model.generate(**batch, max_new_tokens=max_new_tokens, decode_strategy="greedy_search")
-        for question, row in zip(chosen, ids.tolist()):
-            answer = _cut(processor.decode(row), template.stop_strings)
+        prompts = [prompt_of(question, dataset, processor) for question in chosen]
+        ids, _ = model.generate(
+            **make_batch(prompts, processor), max_new_tokens=max_new_tokens, decode_strategy="greedy_search"
+        )
+        for question, prompt, row in zip(chosen, prompts, ids.tolist()):
+            answer = _text_of(row, processor, getattr(dataset.template, "stop_strings", ()))
             results.append(
                 {
-                    "row": question.row,
-                    "turn": question.turn,
-                    "question": question.messages[-1]["content"],
+                    **question._asdict(),
+                    "question": prompt.question,
                     "answer": answer,
-                    "reference": question.reference,
-                    **_score(answer, question.reference),
+                    "reference": prompt.reference,
+                    **_score(answer, prompt.reference),
                 }
             )
     if ranks > 1:
@@ -155,11 +183,31 @@ def evaluate_answers(
         )
     if rank == 0:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in results)
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(lines, encoding="utf-8")
         partial.replace(file)
     return score_answers([(entry["answer"], entry["reference"]) for entry in results])
+
+
+def _longest_reference(dataset: Any, processor: Any) -> int:
+    """Tokens of the longest answer in the data."""
+    texts = {
+        message["content"]
+        for row in range(len(dataset))
+        for message in dataset.conversation(row)[0]
+        if message["role"] == "assistant"
+    }
+    return max(len(processor.tokenizer.encode_with_offsets(text)[0]) for text in texts)
+
+
+def _text_of(ids: List[int], processor: Any, stops: Sequence[str]) -> str:
+    """An answer's text, up to the end token or the template's end mark."""
+    ends = set(processor.config.eos_token_ids)
+    length = next((place for place, index in enumerate(ids) if index in ends), len(ids))
+    text = processor.decode(ids[:length])
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
 
 
 def score_answers(pairs: Sequence[Tuple[str, str]]) -> Dict[str, float]:
@@ -180,9 +228,3 @@ def _score(answer: str, reference: str) -> Dict[str, Any]:
     if is_box(reference):
         score["box_iou"] = iou(find_box(answer), find_box(reference))
     return score
-
-
-def _cut(answer: str, stops: Sequence[str]) -> str:
-    """The answer up to the template's first end mark."""
-    places = [answer.find(stop) for stop in stops if stop and stop in answer]
-    return answer[: min(places)].strip() if places else answer.strip()

@@ -72,9 +72,8 @@ class LlavaTrainer(Trainer):
         model: all parameters already frozen or not (``freezing.select_trained``).
         args: FinetuneArguments.
         train_dataset, eval_dataset: samples as ``LlavaCollator`` takes them; with ``group_by_modality_length`` the
-            first has ``lengths``, with ``eval_with_do_generation`` the second has ``questions``.
-        processor: saved beside the weights; writes the prompts of evaluation.
-        base: name or folder of the model under a LoRA adapter.
+            first has ``lengths``, with ``eval_with_do_generation`` the second ``conversation(index)`` and ``template``.
+        processor: saved beside the weights; makes the prompts of evaluation.
         callbacks: further ones.
     """
 
@@ -121,6 +120,7 @@ class LlavaTrainer(Trainer):
         self._progress: Dict[str, Any] = {}
         self._resumed_from: Optional[Path] = None
         self._evaluated_at: Optional[int] = None
+        self._loaded_best = False
 
     # parts
 
@@ -133,6 +133,11 @@ class LlavaTrainer(Trainer):
     def interrupted(self) -> bool:
         """Training was stopped by a signal, after a checkpoint."""
         return self.stopper.stopped
+
+    @property
+    def evaluated_last_step(self) -> bool:
+        """The model as it is now has been evaluated."""
+        return self._evaluated_at == self.state.global_step and not self._loaded_best
 
     @property
     def _ranks(self) -> int:
@@ -402,6 +407,7 @@ class LlavaTrainer(Trainer):
         if best_at_end and self.state.best_model_checkpoint and not self.interrupted:
             logger.info("the best model is that of %s.", self.state.best_model_checkpoint)
             load_trained_weights(self.model, Path(self.state.best_model_checkpoint))
+            self._loaded_best = True
         self.trained_supervised_tokens = self._tokens_seen
         output.metrics["train_seconds"] = time.time() - began
         return output

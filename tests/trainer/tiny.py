@@ -1,13 +1,20 @@
 """A tiny model and samples for it, made from seeds; quick enough for dozens of training steps in a test."""
 
+import json
+from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
 import paddle
+from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+from paddlemix.processors.image_processing import LlavaImageProcessor
 
 SIZES = dict(
     vocab_size=64,
@@ -16,7 +23,7 @@ SIZES = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=128,
+    max_position_embeddings=512,
     eos_token_id=2,
     vision_config=dict(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
@@ -62,3 +69,49 @@ class Samples(paddle.io.Dataset):
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
         return self.rows[index]
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
+    """A whole checkpoint on disk: weights, config, a byte-level tokenizer, image processor."""
+    model = tiny_model(seed, **{"vocab_size": 264, "conversation_template": "vicuna_v1", **changes})
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    LlavaImageProcessor.from_config(model.config).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """tokenizer.json with <unk>, <s>, </s> and one token per byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: number for number, token in enumerate(specials + letters)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 220), "white": (250, 250, 250)}
+
+
+def colour_data(folder: Path, count: int = 16, name: str = "train.json") -> Path:
+    """Rows in the toolkit's form that ask for a picture's colour; some are text only, some have two rounds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        picture = folder / f"{colour}.png"
+        if not picture.exists():
+            Image.new("RGB", (12, 8), COLOURS[colour]).save(picture)
+        if number % 5 == 4:
+            rows.append({"conversations": [[f"Say {colour}.", colour]]})
+        else:
+            rounds = [["<image>\nWhich colour?", colour]] + ([["Sure?", "yes"]] if number % 3 == 0 else [])
+            rows.append({"image": picture.name, "conversations": rounds})
+    file = folder / name
+    file.write_text(json.dumps(rows))
+    return file

@@ -1,0 +1,117 @@
+"""Merges a LoRA adapter, and what was trained beside it, into its base: a checkpoint of its own, which the chat opens.
+
+    python paddlemix/tools/merge_lora_params.py --model_name_or_path M --lora_path L --merge_model_path O
+
+The merged folder has weights, config, tokenizer and image processor. It appears whole or not at all.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Optional, Sequence
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddlemix.errors import UserError
+from paddlemix.runtime import prepare_cpu, quiet_start
+
+logger = logging.getLogger("paddlemix.merge")
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--model_name_or_path", help="folder or name of the base; default the one that the adapter records"
+    )
+    parser.add_argument("--lora_path", required=True, help="folder of the adapter")
+    parser.add_argument(
+        "--merge_model_path", help="where the merged checkpoint is written; default into the adapter's folder"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights; default the base's")
+    parser.add_argument("--device", default="cpu", help="where the weights are held meanwhile: cpu, gpu, …")
+    return parser.parse_args(argv)
+
+
+def merge(
+    lora_path: str,
+    merge_model_path: Optional[str] = None,
+    model_name_or_path: Optional[str] = None,
+    dtype: Optional[str] = None,
+) -> Path:
+    """Writes the merged checkpoint; returns its folder.
+
+    Raises:
+        UserError: a base or an adapter that isn't there, isn't whole, or doesn't fit the other.
+    """
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+    from paddlemix.processors.llava import LlavaProcessor
+    from paddlemix.trainer.adapters import read_lora_config
+    from paddlemix.trainer.run_folder import write_aside
+
+    adapter = checkpoint.resolve(lora_path)
+    recorded = read_lora_config(adapter).get("base_model_name_or_path")
+    if model_name_or_path is None:
+        if not recorded:
+            raise UserError(f"{adapter} doesn't record its base; name it with --model_name_or_path.")
+        model_name_or_path = recorded
+    target = Path(merge_model_path).expanduser() if merge_model_path else adapter
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
+    base = checkpoint.resolve(model_name_or_path)
+    if target.resolve() == base.resolve():
+        raise UserError(f"--merge_model_path names {target}, which is the base itself; name another folder.")
+
+    # the adapter's own config has the conversation template and image aspect ratio that it was trained with
+    described = adapter if (adapter / "config.json").is_file() else base
+    config = checkpoint.read_config(described)
+    model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=dtype or _stored_dtype(base, checkpoint))
+    checkpoint.merge_lora(model, adapter)
+    own = (adapter / "tokenizer.json").is_file() or (adapter / "tokenizer.model").is_file()
+    processor = LlavaProcessor.from_pretrained(adapter if own else base, config=config)
+    with write_aside(target) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+    logger.info("Merged %s into %s: %s", adapter, base, target)
+    return target
+
+
+def _stored_dtype(folder: Path, checkpoint) -> str:
+    """The dtype that most of a checkpoint's numbers have; float32 where it is none that a model can have."""
+    from paddlemix.models.llava.tensor_files import open_weights
+
+    base = checkpoint.lora_base(folder)
+    if base is not None:
+        return _stored_dtype(base, checkpoint)
+    sizes = {dtype: 0 for dtype in DTYPES}
+    for tensor in open_weights(folder).values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.size
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_arguments(argv)
+    prepare_cpu()
+    quiet_start()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("paddlemix").setLevel(logging.INFO)
+    try:
+        import paddle
+
+        from paddlemix.trainer.arguments import check_device
+
+        paddle.set_device(check_device({"device": args.device}))
+        merge(args.lora_path, args.merge_model_path, args.model_name_or_path, args.dtype)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

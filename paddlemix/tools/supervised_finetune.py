@@ -1,0 +1,346 @@
+"""Full or LoRA fine-tuning, by one flat JSON file.
+
+    python paddlemix/tools/supervised_finetune.py CONFIG.json [--key value …]
+    python -m paddle.distributed.launch … paddlemix/tools/supervised_finetune.py CONFIG.json
+
+The keys are those of ``paddlemix/trainer/arguments.py``; examples are in ``paddlemix/config/llava``. Started again
+after it was killed, the same command goes on from the last whole checkpoint. SIGTERM and Ctrl-C save one first.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddlemix.errors import UserError
+from paddlemix.runtime import prepare_cpu, quiet_start
+
+logger = logging.getLogger("paddlemix.finetune")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parses, builds, trains, saves.
+
+    Returns:
+        The process's exit status: 0, or 128 and the number of the signal that stopped training.
+
+    Raises:
+        UserError: bad input, before anything is trained or written.
+    """
+    from paddlemix.datasets.files import parse_dataset_key
+    from paddlemix.trainer.arguments import FinetuneArguments, check_device, read_settings
+    from paddlemix.trainer.run_folder import plan_run
+
+    settings = read_settings(argv)
+    settings["device"] = check_device(settings)
+    file = next((Path(word) for word in argv[:1] if not word.startswith("--")), None)
+    entries = parse_dataset_key(settings["dataset"], file.parent if file else None)
+    data_files = [path for split in entries.values() for entry in split for path in entry.data_files]
+    plan = plan_run(settings, data_files)
+    if plan.action == "done":
+        logger.info(
+            "The run in %s is complete; set overwrite_output_dir to true to train again.", settings["output_dir"]
+        )
+        return 0
+    args = FinetuneArguments(**settings)
+    for needed, split, key in (
+        (args.do_train, "train", "do_train"),
+        (args.do_eval or args.do_predict, "eval", "do_eval"),
+    ):
+        if needed and not entries[split]:
+            raise UserError(f"{key} is on, but dataset has no {split} entry; add one, or set {key} to false.")
+
+    parts = build(args, settings, entries)
+    begin(args, settings, plan, data_files)
+    from paddlemix.trainer.trainer import LlavaTrainer
+
+    trainer = LlavaTrainer(
+        parts["model"],
+        args,
+        train_dataset=parts.get("train"),
+        eval_dataset=parts.get("eval"),
+        processor=parts["processor"],
+    )
+    return work(trainer, plan)
+
+
+def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) -> Dict[str, Any]:
+    """Processor, data and model, all checked; says what will be trained, on what, and in how much memory."""
+    import paddle
+    from paddlenlp.trainer import set_seed
+
+    from paddlemix.datasets.packing import PackedDataset
+    from paddlemix.datasets.supervised import SupervisedDataset
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+    from paddlemix.processors.llava import LlavaProcessor
+    from paddlemix.processors.tokenizer import load_tokenizer
+
+    paddle.set_device(args.device)
+    set_seed(args.seed)
+    with args.main_process_first(desc="fetching the model"):
+        folder = checkpoint.resolve(args.model_name_or_path)
+    config = read_config(folder, args, settings)
+    processor = LlavaProcessor.from_pretrained(folder, config=config, image_aspect_ratio=args.image_aspect_ratio)
+    if args.text_model_name_or_path:
+        processor.tokenizer = load_tokenizer(checkpoint.resolve(args.text_model_name_or_path))
+
+    parts: Dict[str, Any] = {"processor": processor}
+    for split, wanted in (("train", args.do_train), ("eval", args.do_eval or args.do_predict)):
+        if wanted:
+            parts[split] = SupervisedDataset(
+                entries[split], processor, args.max_length, progress=args.should_log and not args.disable_tqdm
+            )
+            check_lengths(parts[split], split, config)
+    if args.do_train:
+        counts, lengths = parts["train"].counts, [abs(length) for length in parts["train"].lengths]
+        if args.mixtoken:
+            parts["train"] = PackedDataset(parts["train"], args.max_length, args.seed)
+            lengths = [abs(length) for length in parts["train"].lengths]
+        check_batch(args, len(parts["train"]))
+
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, config=config, dtype=args.compute_dtype)
+    if args.pretrain_mm_mlp_adapter:
+        checkpoint.load_projector(model, args.pretrain_mm_mlp_adapter)
+    if args.lora:
+        model = adapt(model, args, settings, folder)
+    parts["model"] = model
+    if args.do_train:
+        freeze(model, args)
+        if args.should_log:
+            report(model, config, args, counts, lengths)
+    return parts
+
+
+def read_config(folder: Path, args: Any, settings: Dict[str, Any]) -> Any:
+    """The checkpoint's config with what the run changes in it."""
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.conversation import conv_templates
+
+    config = checkpoint.read_config(folder)
+    if args.version is not None:
+        if args.version not in conv_templates:
+            raise UserError(f"version is {args.version!r}; expected a template: {', '.join(sorted(conv_templates))}.")
+        config.conversation_template = args.version
+    if args.image_aspect_ratio is not None:
+        config.image_aspect_ratio = args.image_aspect_ratio
+    if "use_flash_attention" in settings:
+        config.use_flash_attention = args.use_flash_attention
+    config.validate()
+    if config.vision is None:
+        for key in ("unfreeze_mm_vision_tower", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"):
+            if settings.get(key):
+                raise UserError(f"{key} is set, but {folder} takes text only: it has no vision tower and no projector.")
+    return config
+
+
+def check_lengths(dataset: Any, split: str, config: Any) -> None:
+    longest = max(range(len(dataset)), key=lambda index: abs(dataset.lengths[index]))
+    tokens, most = abs(dataset.lengths[longest]), config.max_position_embeddings
+    if tokens > most and config.rope_scaling is None:
+        raise UserError(
+            f"{dataset.where(longest)}: the sample has {tokens} tokens, but the model reads {most} at most; set max_length "
+            f"to {most} or less."
+        )
+
+
+def check_batch(args: Any, samples: int) -> None:
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+    if args.dataloader_drop_last and samples < size:
+        raise UserError(
+            f"dataloader_drop_last is true, but the {samples} samples don't fill one global batch of {size}; set it to "
+            "false or make the batch smaller."
+        )
+
+
+def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path) -> Any:
+    """The model with a new adapter, or with that of ``lora_path``."""
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.trainer.adapters import add_lora, check_against_adapter, read_lora_config
+    from paddlemix.trainer.weights import load_trained_weights
+
+    given = Path(args.model_name_or_path).expanduser()
+    base = str(folder.resolve()) if given.exists() else args.model_name_or_path
+    options = {
+        "rank": args.lora_rank,
+        "alpha": args.lora_alpha,
+        "targets": args.lora_target_modules,
+        "rslora": args.rslora,
+        "dropout": args.lora_dropout,
+        "dtype": args.compute_dtype,
+        "base": base,
+    }
+    if args.lora_path is None:
+        return add_lora(model, **options)
+    adapter = checkpoint.resolve(args.lora_path)
+    config = read_lora_config(adapter)
+    check_against_adapter(settings, config, adapter)
+    options.update(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("rslora", False))
+    options["targets"] = config["target_modules"]
+    model = add_lora(model, **options)
+    load_trained_weights(model, adapter)
+    return model
+
+
+def freeze(model: Any, args: Any) -> None:
+    from paddlemix.trainer.freezing import select_trained
+
+    select_trained(
+        model,
+        lora=args.lora,
+        tune_projector_only=args.tune_mm_mlp_adapter,
+        freeze_projector=args.freeze_mm_mlp_adapter,
+        unfreeze_tower=args.unfreeze_mm_vision_tower,
+        include=args.freeze_include,
+        exclude=args.freeze_exclude,
+    )
+
+
+def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: List[int]) -> None:
+    """Says what is trained, on how much, and what it takes in memory."""
+    import numpy as np
+
+    from paddlemix.trainer.freezing import count_parts
+    from paddlemix.trainer.memory import available_memory, estimate_memory, format_bytes
+
+    logger.info("Parameters trained:")
+    for part, count in count_parts(model).items():
+        logger.info("  %-14s %15s of %15s", part, f"{count.trained:,}", f"{count.total:,}")
+    ranks = args.dataset_world_size
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    logger.info(
+        "Data: %s samples with %s supervised tokens, of %s text tokens and %s picture tokens; %s samples in a global batch.",
+        *(f"{number:,}" for number in (counts["samples"], counts["supervised"], counts["text"], counts["image"], size)),
+    )
+    if args.mixtoken:
+        logger.info("Packed into %s rows of at most %s tokens.", f"{len(lengths):,}", f"{args.max_length:,}")
+    rows = min(args.per_device_train_batch_size, len(lengths))
+    longest = int(np.max(lengths))
+    share = counts["supervised"] / max(sum(lengths), 1)
+    parts = estimate_memory(
+        model,
+        config,
+        rows=rows,
+        tokens=longest,
+        labelled=int(rows * longest * min(1.0, 2 * share)),
+        tiles=rows * max(1, round(counts["image"] / max(counts["samples"], 1) / config.vision.num_patches))
+        if config.vision is not None and counts["image"]
+        else 0,
+        recompute=args.recompute,
+        tower_trained=args.unfreeze_mm_vision_tower,
+        master_weights=args.fp16_opt_level == "O2",
+        float32_gradients=args.amp_master_grad,
+        compute_dtype=("float16" if args.fp16 else "bfloat16") if args.fp16 or args.bf16 else None,
+        shards=max(args.sharding_parallel_degree, 1),
+        sharding=args.sharding[0].value if args.sharding else "",
+    )
+    total, have = sum(parts.values()), available_memory(args.device)
+    described = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
+    logger.info(
+        "Memory, estimated: %s; together %s%s.",
+        described,
+        format_bytes(total),
+        f" of {format_bytes(have)} that {args.device} has free" if have else "",
+    )
+    if have and total > have:
+        logger.warning(
+            "That is more than there is; a smaller per_device_train_batch_size, recompute, lora or sharding takes less."
+        )
+
+
+def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[Path]) -> None:
+    """The first thing that is written."""
+    import paddle.distributed as dist
+
+    from paddlemix.trainer.run_folder import begin_run, changed_keys, recorded_settings
+
+    folder = Path(args.output_dir)
+    if plan.action == "resume":
+        changed = changed_keys(recorded_settings(folder) or settings, settings)
+        if changed and args.should_log:
+            logger.warning("Going on with other settings than the run began with: %s.", ", ".join(changed))
+    if args.should_save:
+        begin_run(folder, settings, plan, data_files)
+    if args.world_size > 1:
+        dist.barrier()
+
+
+def work(trainer: Any, plan: Any) -> int:
+    """Trains, evaluates, saves; returns the exit status."""
+    from paddlemix.trainer.callbacks import plot_loss
+    from paddlemix.trainer.run_folder import finish_run, write_json
+
+    args = trainer.args
+    folder = Path(args.output_dir)
+    results: Dict[str, Any] = {}
+    if args.do_train:
+        if plan.action == "resume" and args.should_log:
+            logger.info("Going on from %s.", plan.checkpoint)
+        output = trainer.train(plan.checkpoint)
+        if trainer.interrupted:
+            logger.warning("Stopped at step %d; the same command goes on from there.", trainer.state.global_step)
+            return 128 + (trainer.stopper.signal_number or 0)
+        results["train"] = output.metrics
+    if args.do_eval and not trainer.evaluated_last_step:
+        results["eval"] = trainer.evaluate()
+    if args.do_predict:
+        results["predict"] = trainer.write_predictions()
+    if args.benchmark:
+        benchmark(trainer, results["train"])
+    elif args.do_train:
+        trainer.save_model()
+    if args.should_save:
+        for name, metrics in results.items():
+            write_json(folder / f"{name}_results.json", metrics)
+        if args.do_train:
+            plot_loss(folder)
+        finish_run(folder)
+        if args.do_train and not args.benchmark:
+            logger.info("Trained model: %s", folder)
+    return 0
+
+
+def benchmark(trainer: Any, metrics: Dict[str, float]) -> None:
+    """``benchmark``: says how fast it was and what it took; the result isn't saved."""
+    import resource
+
+    import paddle
+
+    from paddlemix.trainer.memory import format_bytes
+
+    args, state = trainer.args, trainer.state
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+    seconds = metrics["train_seconds"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if args.device.startswith("gpu"):
+        peak = paddle.device.cuda.max_memory_allocated()
+    if args.should_log:
+        logger.info("Effective samples per second: %.3f", state.global_step * size / seconds)
+        logger.info("Supervised tokens per second: %.2f", trainer.trained_supervised_tokens / seconds)
+        logger.info("Peak memory: %s", format_bytes(peak))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if argv else 1
+    prepare_cpu()
+    quiet_start()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("paddlemix").setLevel(logging.INFO)
+    try:
+        return run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted before a checkpoint was saved.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
