@@ -93,8 +93,9 @@ def cut_at(
     new_ids: List[int] = []
     new_offsets: List[Span] = []
     for index, (start, end) in zip(ids, offsets):
-        data = tokenizer.token_bytes(index) if index >= 0 else b""
-        for place in places[bisect_left(places, start + 1) : bisect_left(places, end)]:
+        inside = places[bisect_left(places, start + 1) : bisect_left(places, end)]
+        data = tokenizer.token_bytes(index) if inside and index >= 0 else b""
+        for place in inside:
             right = text[place:end].encode("utf-8", "replace")
             if not data.endswith(right) or len(data) == len(right):
                 continue  # the tokenizer changed these characters: no telling which bytes belong where

@@ -93,6 +93,7 @@ class SentencePieceEngine:
         self._processor = processor
         self.size = size
         self._ids = {processor.id_to_piece(index): index for index in range(size)}
+        self._bytes: Dict[int, bytes] = {}
         self._ids.update((token.content, index) for index, token in self.added.items())
         # alternatives are tried in order, so the longest goes first; a token may swallow the spaces around it
         self._cut_ids = sorted(
@@ -154,12 +155,16 @@ class SentencePieceEngine:
         return ids, [(max(first - dummy, 0), max(last - dummy, 0)) for first, last in spans]
 
     def token_bytes(self, index: int) -> bytes:
-        if index in self.added:
-            return self.added[index].content.encode()
-        piece = self._processor.id_to_piece(index)
-        if self._processor.is_byte(index):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE, " ").encode()
+        data = self._bytes.get(index)
+        if data is None:
+            if index in self.added:
+                data = self.added[index].content.encode()
+            else:
+                piece = self._processor.id_to_piece(index)
+                is_byte = self._processor.is_byte(index)
+                data = bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+            self._bytes[index] = data
+        return data
 
     def is_special(self, index: int) -> bool:
         if index in self.added:
@@ -338,8 +343,10 @@ def align(pieces: Sequence[bytes], text: str) -> List[Span]:
         [(0, 1), (1, 2), (1, 2)]
     """
     raw = text.encode()
-    owner = [number for number, character in enumerate(text) for _ in range(len(character.encode()))]
-    owner.append(len(text))
+    owner: Sequence[int] = range(len(text) + 1)
+    if len(raw) > len(text):
+        owner = [number for number, character in enumerate(text) for _ in range(len(character.encode()))]
+        owner.append(len(text))
     starts, ends, position = [], [], 0
     for piece in pieces:
         start = raw.find(piece, position)
