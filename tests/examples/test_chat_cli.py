@@ -1,0 +1,378 @@
+"""The chat program as its user meets it: at a terminal (a pseudo-terminal), through pipes, and when it refuses to start."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pexpect
+import pytest
+from PIL import Image
+
+from paddlemix.examples.llava import run_predict_multiround as program
+from paddlemix.models.llava.chat import LlavaChat
+from paddlemix.models.llava.conversation import conv_templates
+from tests.models import chat_models
+from tests.models.chat_models import CAT
+
+SCRIPT = Path(program.__file__)
+BOX = "The cat is at [0.25, 0.25, 0.75, 0.75]."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return chat_models.save(
+        tmp_path_factory.mktemp("model"), max_position_embeddings=2048, demo_note="It can't see yet."
+    )
+
+
+@pytest.fixture
+def environment(tmp_path):
+    changes = {"PADDLEMIX_CACHE": str(tmp_path / "cache"), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    return {**os.environ, **changes}
+
+
+def run(*flags, stdin=b"", cwd, environment):
+    """The program in a process of its own, started in another folder than the clone."""
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd, env=environment, timeout=300)
+    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+
+
+# ---- pipes ----
+
+
+def test_a_conversation_through_pipes(folder, tmp_path, environment):
+    saved = {"question": "Where is it?", "answer": BOX, "answer_ids": None, "pictures": []}
+    saved = {
+        "format": "paddlemix-llava-chat",
+        "version": 1,
+        "rounds": [saved],
+        "waiting": [],
+        "spare": [],
+        "pictures": {},
+    }
+    (tmp_path / "box.json").write_text(json.dumps(saved))
+    lines = [
+        "你好吗? 🐱".encode(),
+        b"bro\xffken \r",
+        b"/nonsense",
+        b"/usr/bin holds what?",
+        b"/image nowhere.png",
+        b"/undo",
+        b"/retry",
+        b"/save chat.json",
+        b"/save",
+        b"/clear",
+        b"/clear now",
+        b"/box",
+        b"/load box.json",
+        b"/box",
+        b"/load 'chat.json'",
+        b"/HELP",
+        b"  exit  ",
+        b"never asked",
+    ]
+    flags = ["--model-path", folder, "--image-file", CAT, "--max-new-tokens", 6, "--seed", 3]
+    status, out, err = run(*flags, stdin=b"\n".join(lines), cwd=tmp_path, environment=environment)
+    assert status == 0 and err == ""
+    note, *turns = out.split("USER: ")
+    assert note == "(It can't see yet.)\n" and turns.pop() == "exit...\n"
+    assert len(turns) == len(lines) - 2
+    for number in (0, 1, 3, 6):
+        assert turns[number].startswith("ASSISTANT: ") and turns[number].endswith("\n") and len(turns[number]) > 14
+    others = [turn for number, turn in enumerate(turns) if number not in (0, 1, 3, 6)]
+    assert others[:-1] == [
+        "error: /nonsense is no command; /help lists them.\n",
+        "error: nowhere.png doesn't exist; expected a picture file or a URL.\n",
+        "Took back: /usr/bin holds what?\n",
+        "Saved 2 rounds to chat.json\n",
+        "error: /save needs a FILE after it.\n",
+        "Cleared, the newest picture stays.\n",
+        "error: /clear takes nothing after it, but 'now' was given.\n",
+        "error: There is no answer yet; ask something first.\n",
+        "Loaded 1 round from box.json\n",
+        "error: There is no picture to draw on; /image brings one.\n",
+        "Loaded 2 rounds from chat.json\n",
+    ]
+    for command in ("/image", "/clear", "/undo", "/retry", "/save", "/load", "/box", "/help", "/exit"):
+        assert f"\n{command} " in "\n" + others[-1]
+    rounds = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))["rounds"]
+    assert [turn["question"] for turn in rounds] == ["你好吗? 🐱", "bro\ufffdken"]
+    assert [len(turn["pictures"]) for turn in rounds] == [1, 0]
+
+
+def test_questions_of_a_script_are_answered_and_nothing_else(folder, tmp_path, environment):
+    flags = ["--model_name_or_path", folder, "--image_file", CAT, "--max_new_tokens=5", "--temperature", "0", "--debug"]
+    questions = ["--question", "What is this?", "--question", "And that?"]
+    status, out, err = run(*flags, *questions, cwd=tmp_path, environment=environment)
+    assert status == 0 and len(out.splitlines()) == 2 and all(out.splitlines()) and "USER" not in out
+    assert "(It can't see yet.)" in err and "<image>\\nWhat is this?" in err
+    assert err.count("mean token probability 0.") == 2 and err.count("first token after") == 2
+    assert "environment: " in err
+
+
+# ---- a terminal ----
+
+
+def test_a_terminal(folder, tmp_path, environment):
+    flags = ["--model-path", str(folder), "--image-file", str(CAT), "--max-new-tokens", "1900", "--top-k", "50"]
+    (tmp_path / "cat picture.png").write_bytes(CAT.read_bytes())
+    child = pexpect.spawn(
+        sys.executable,
+        [str(SCRIPT), *flags],
+        cwd=tmp_path,
+        env=environment,
+        encoding="utf-8",
+        timeout=120,
+        dimensions=(30, 120),
+    )
+    try:
+        child.expect_exact("USER: ")
+        # what is left on the screen is the notes and the prompt
+        start = child.before.rpartition("\x1b[K")[2]
+        assert "(It can't see yet.)" in start and "/help" in start and "arning" not in child.before
+
+        child.send("What is this?\r")
+        child.expect_exact("ASSISTANT: ")
+        child.expect(r"\S+ \S+ ")  # it streams
+        child.sendintr()
+        child.expect_exact("(stopped)")
+        child.expect_exact("USER: ")
+
+        child.send("half a line")
+        child.expect_exact("half a line")
+        child.sendintr()  # empties the line
+        child.expect_exact("USER: ")
+
+        child.send("/he\t")
+        child.expect_exact("/help")
+        child.send("\r")
+        child.expect_exact("a further picture")
+        child.expect_exact("USER: ")
+
+        child.send("/image cat\t")  # completes to a path with a space in it
+        child.expect_exact("cat picture.png")
+        child.send("\r")
+        child.expect_exact("goes with the next question.")
+        child.expect_exact("USER: ")
+
+        child.send("\x1b[A\x1b[A\x1b[A")  # up, three times
+        child.expect_exact("What is this?")
+        child.send("\x15Why?\r")  # and the line is typed anew
+        child.expect_exact("ASSISTANT: ")
+        child.expect(r"\S+ \S+ ")
+        for _ in range(3):  # more than once: still only the answer stops
+            child.sendintr()
+            time.sleep(0.01)
+        child.expect_exact("(stopped)")
+        child.expect_exact("USER: ")
+
+        child.send("/save chat.json\r")
+        child.expect_exact("Saved 2 rounds")
+        child.expect_exact("USER: ")
+        child.sendeof()
+        child.expect_exact("exit...")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+    finally:
+        child.close(force=True)
+    rounds = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))["rounds"]
+    assert [turn["question"] for turn in rounds] == ["What is this?", "Why?"]
+    assert all(turn["answer"] for turn in rounds) and [len(turn["pictures"]) for turn in rounds] == [1, 1]
+    history = tmp_path / "cache" / "chat_history"
+    assert "+What is this?" in history.read_text(encoding="utf-8") and history.stat().st_mode & 0o077 == 0
+
+
+# ---- what is refused before anything is loaded ----
+
+
+def test_a_refusal_is_quick_and_needs_no_installation(tmp_path, environment):
+    environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    started = time.perf_counter()
+    flags = ["--model-path", tmp_path / "nowhere", "--image-file", tmp_path / "nowhere.png"]
+    status, out, err = run(*flags, cwd=tmp_path, environment=environment)
+    assert status == 1 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and "nowhere.png doesn't exist" in err
+    assert time.perf_counter() - started < 5  # Paddle is not even imported
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature", "-1"], ["--temperature", "'-1'", "0 or more"]),
+        (["--temperature", "nan"], ["--temperature", "0 or more"]),
+        (["--top-p", "1.5"], ["--top-p", "at most 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens", "1 or more"]),
+        (["--max-new-tokens", "2.5"], ["--max-new-tokens", "whole number"]),
+        (["--repetition-penalty", "0"], ["--repetition-penalty", "above 0"]),
+        (["--seed", "x"], ["--seed", "whole number"]),
+        (["--dtype", "int8"], ["--dtype", "float32", "bfloat16"]),
+        (["--fp16", "--dtype", "bfloat16"], ["--fp16", "--dtype bfloat16", "contradict"]),
+        (["--device", "cpu", "--fp16"], ["float16 on CPU", "--fp16"]),
+        (["--device", "cpu", "--dtype", "bfloat16"], ["bfloat16 on CPU"]),
+        (["--device", "the big one"], ["--device", "cpu, gpu or gpu:1"]),
+        (["--question", " "], ["--question", "empty"]),
+        (["--model-path", ""], ["--model-path", "empty"]),
+        (["--colour", "red"], ["--colour"]),
+        (["--conv-mode", "vicuna_v9"], ["vicuna_v9", *conv_templates]),
+        (["--lora-path", "nowhere"], ["--lora-path", "nowhere", "no folder"]),
+        (["--image-file", "nowhere.png"], ["nowhere.png", "doesn't exist"]),
+        (["--image-file", "ftp://host/cat.png"], ["ftp", "http"]),
+        (["--image-file", __file__], ["test_chat_cli.py", "not a picture"]),
+        (["--model-path", "./nowhere"], ["./nowhere"]),
+    ],
+)
+def test_wrong_flags_are_one_sentence(folder, capsys, flags, words):
+    try:
+        status = program.main(["--model-path", str(folder), *flags])
+    except SystemExit as error:
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status in (1, 2) and out == ""
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--fp16"], ["float16", "CPU"]), (["--device", "gpu:3"], ["gpu:3", "--device cpu"])]
+)
+def test_what_this_machine_lacks_is_one_sentence(folder, capsys, flags, words):
+    import paddle
+
+    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        flags, words = ["--device", "gpu:999"], ["gpu:999", "GPUs"]
+    assert program.main(["--model-path", str(folder), *flags]) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(lines) == 1 and "Traceback" not in err
+    assert all(word in lines[0] for word in words)
+
+
+def test_half_a_checkpoint_and_a_picture_for_a_text_model(folder, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert program.main(["--model-path", str(tmp_path)]) == 1
+    assert "no weights" in capsys.readouterr().err
+    blind = chat_models.save(tmp_path / "blind", vision_config=None)
+    assert program.main(["--model-path", str(blind), "--image-file", str(CAT)]) == 1
+    assert "error: The model takes text only" in capsys.readouterr().err
+
+
+# ---- parts that need no process of their own ----
+
+
+class Lines:
+    """What somebody types, one after another."""
+
+    interactive = True
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def read(self, prompt):
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def clean(self, text):
+        return text
+
+
+@pytest.fixture
+def chat(tmp_path, monkeypatch):
+    """A chat whose last answer has a box, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = chat_models.build(tmp_path / "tokenizer")
+    chat = LlavaChat(model, processor, temperature=0, max_new_tokens=4)
+    saved = {"question": "Where is it?", "answer": BOX, "answer_ids": None, "pictures": []}
+    chat.add_image(str(CAT))
+    file = chat.save(tmp_path / "chat.json")
+    values = json.loads(file.read_text())
+    saved["pictures"], values["waiting"] = values["waiting"], []
+    file.write_text(json.dumps({**values, "rounds": [saved]}))
+    chat.load(file)
+    return chat
+
+
+def test_box_draws_on_the_picture_and_spares_every_file(chat, tmp_path, capsys):
+    (tmp_path / "chelsea_small.png").write_bytes(CAT.read_bytes())
+    lines = ["/box", "/box", "/box out", "/box my\\ boxes.png", "/box out.jpg", "/box no/such/folder.png"]
+    assert program.Shell(chat, Lines(*lines)).run() == 0
+    said = capsys.readouterr().out.splitlines()
+    names = ["chelsea_small-boxes.png", "chelsea_small-boxes-2.png", "out.png", "my boxes.png"]
+    assert said[:4] == [f"Drew 1 box on the picture: {name}" for name in names]
+    assert said[4].startswith("error: /box saves a PNG") and said[5].startswith("error: no/such/folder.png can't be")
+    drawn, cat = Image.open("out.png"), Image.open(CAT).convert("RGB")
+    assert drawn.format == "PNG" and drawn.size == cat.size == (225, 150)
+    changed = np.argwhere((np.asarray(drawn.convert("RGB")) != np.asarray(cat)).any(axis=2))
+    # the model sees the picture padded to 225 x 225, with 37 rows above it
+    top, left = changed.min(axis=0)
+    bottom, right = changed.max(axis=0)
+    assert np.abs(np.array([left, top, right, bottom]) - [56, 19, 169, 131]).max() <= 2
+
+
+def test_box_never_replaces_the_picture_itself(chat, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(CAT.read_bytes())
+    chat.clear()
+    chat.add_image(str(copy))
+    assert program.Shell(chat, Lines("/box copy.png", "What?", "/box copy.png")).run() == 0
+    out = capsys.readouterr().out
+    assert "error: There is no answer yet" in out and "error: The last answer has no coordinates" in out
+    with pytest.raises(program.UserError, match="the picture itself"):
+        program.box_file("copy.png", str(copy))
+    assert copy.read_bytes() == CAT.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        (None, "picture-boxes.png"),
+        ("https://host/some%20where/a cat.jpeg?size=2", "a_cat-boxes.png"),
+        ("/somewhere/猫.webp", "猫-boxes.png"),
+        ("https://host/", "picture-boxes.png"),
+    ],
+)
+def test_the_name_of_a_boxed_picture(tmp_path, monkeypatch, source, name):
+    monkeypatch.chdir(tmp_path)
+    assert program.box_file("", source) == Path(name)
+
+
+def test_an_unforeseen_error_ends_the_turn_and_not_the_chat(chat, capsys):
+    layer = chat.model.llama.layers[0]
+
+    def fail(layer, inputs):
+        raise RuntimeError("no room\n  [Hint: out of memory]")
+
+    hook = layer.register_forward_pre_hook(fail)
+    program.Shell(chat, Lines("Why?")).run()
+    hook.remove()
+    program.Shell(chat, Lines(KeyboardInterrupt(), "Why?")).run()
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["ASSISTANT: ", "error: RuntimeError: [Hint: out of memory] (--debug shows where).", "exit..."]
+    assert said[3].startswith("ASSISTANT: ") and said[4:] == ["exit..."]
+    assert len(chat.rounds) == 2
+
+
+def test_help_lists_every_flag_of_the_contract(capsys):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    flags = "model-path image-file conv-mode temperature top-p max-new-tokens repetition-penalty seed dtype fp16 device"
+    for flag in [*flags.split(), "lora-path", "question", "debug", "model-name-or-path"]:
+        assert f"--{flag}" in text
+    args = program.parse_args([])
+    assert (args.temperature, args.top_p, args.max_new_tokens, args.repetition_penalty) == (0.2, 1.0, 512, 1.0)
+    assert args.image_file is args.conv_mode is args.seed is args.dtype is args.device is args.lora_path is None
+    assert program.parse_args(["--fp16"]).dtype == "float16"
+    assert program.parse_args(["--device", "cuda:1"]).device == "gpu:1"
