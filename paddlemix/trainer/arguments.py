@@ -10,6 +10,7 @@ import json
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -105,7 +106,9 @@ ONE_OF = {
 }
 
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
-_NULL = ("null", "none")
+
+# What report_to may name, and the module that each needs.
+REPORTERS = {"visualdl": "visualdl", "wandb": "wandb", "tensorboard": "tensorboardX"}
 
 
 @dataclass
@@ -192,6 +195,8 @@ class FinetuneArguments(TrainingArguments):
             self.evaluation_strategy = IntervalStrategy.NO
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
+        elif self.report_to is None:  # PaddleNLP would fail where VisualDL isn't installed
+            self.report_to = ["visualdl"] if find_spec("visualdl") is not None else []
         try:
             super().__post_init__()
         except (ValueError, AssertionError) as error:
@@ -235,7 +240,7 @@ def read_settings(argv: Sequence[str]) -> Dict[str, Any]:
                 nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
                 raise UserError(f"{key} in {source} is no key of the configuration; the nearest is {nearest}.")
             from_text = given is overrides
-            if value is None or (from_text and isinstance(value, str) and value.lower() in _NULL):
+            if value is None or (from_text and value == "null"):
                 typed.pop(key, None)
                 continue
             typed[key] = _typed(key, value, hints[key], from_text)
@@ -425,6 +430,16 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError(f"max_steps is {steps}; expected a number of steps, or -1 to go by num_train_epochs.")
     if epochs <= 0 and steps < 1:
         raise UserError(f"num_train_epochs is {epochs}; expected more than 0.")
+    reporters = settings.get("report_to", [])
+    for name in reporters:
+        if name in ("all", "none") and len(reporters) == 1:
+            continue
+        if name not in REPORTERS:
+            raise UserError(f"report_to has {name!r}; expected all, none, or some of {', '.join(REPORTERS)}.")
+        if find_spec(REPORTERS[name]) is None:
+            raise UserError(f"report_to has {name}, which isn't installed; pip install {REPORTERS[name]}.")
+    if settings.get("minimum_eval_times") and settings.get("evaluation_strategy") != "steps":
+        raise UserError("minimum_eval_times sets eval_steps, so evaluation_strategy must be steps.")
     shards = settings.get("sharding", "").split()
     if shards and (shards[0] not in [kind.value for kind in ShardingOption][:3] or shards[1:] not in ([], ["offload"])):
         raise UserError(
