@@ -11,6 +11,7 @@ import pytest
 from paddlemix import runtime
 
 ROOT = Path(__file__).parents[1]
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 NAMES = ("FLAGS_paddle_num_threads", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE")
 
 
@@ -27,9 +28,10 @@ def machine(monkeypatch, tmp_path):
     """Before Paddle's import, on a machine of eight cores; returns a function that describes it further."""
     monkeypatch.delitem(sys.modules, "paddle", raising=False)
     # takes note of each name, so that what prepare_cpu() sets is undone
-    for name in NAMES:
+    for name in (*NAMES, *ALLOCATOR[:2]):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setenv(ALLOCATOR[2], "")  # the user's word on the allocator, so that this process keeps its own
     monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(runtime, "_physical_cores", lambda allowed: len(allowed))
 
@@ -47,6 +49,12 @@ def machine(monkeypatch, tmp_path):
 def test_threads_are_set(machine):
     assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8"]
     assert os.environ["FLAGS_paddle_num_threads"] == os.environ["MKL_NUM_THREADS"] == "8"
+
+
+def test_the_allocator_keeps_what_is_freed():
+    fresh = "from paddlemix.runtime import prepare_cpu; print(prepare_cpu()[-2:])"
+    assert run(fresh).stdout == "['M_MMAP_THRESHOLD=33554432', 'M_TRIM_THRESHOLD=536870912']\n"
+    assert "M_TRIM_THRESHOLD" not in run(fresh, MALLOC_TRIM_THRESHOLD_="1000000").stdout
 
 
 def test_mkl_path_is_for_amd_only(machine):
