@@ -188,8 +188,8 @@ def read_flat(
         values["vision_config"] = clip_sizes(raw["vision_config"], path) if not ours else raw["vision_config"]
     elif raw.get("mm_vision_tower"):
         values["vision_config"] = find_tower(str(raw["mm_vision_tower"]))
-    if raw.get("unfreeze_mm_vision_tower") is not None and not ours:
-        values.pop("unfreeze_mm_vision_tower", None)
+    if "demo_note" in raw:  # what the chat says of the built-in model
+        values["demo_note"] = raw["demo_note"]
     return values
 
 

@@ -67,7 +67,7 @@ _SAFETENSORS_DTYPES = {
 _SAFETENSORS_NAMES = {name: code for code, name in _SAFETENSORS_DTYPES.items()}
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-_CHUNK_BYTES = 8 << 20  # one piece of a tensor while it is converted
+_CHUNK_BYTES = 2 << 20  # one piece of a tensor while it is converted
 _TILE_ROWS = 64  # rows that are transposed together: 64 float32 fill four cache lines, measured twice as fast as all rows at once
 _MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own bound
 _LFS_POINTER = b"version https://git-lfs"

