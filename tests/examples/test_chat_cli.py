@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    changes = {"PADDLEMIX_CACHE": str(tmp_path / "cache"), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    changes = {"PPMIX_HOME": str(tmp_path / "cache"), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
     return {**os.environ, **changes}
 
 

@@ -25,6 +25,7 @@ if find_spec("paddlemix") is None:  # run from a clone that is not installed
 
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.terminal import one_interrupt, open_reader
+from paddlemix.runtime import prepare_cpu, quiet_start
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -140,6 +141,18 @@ def refuse_half_on_cpu(dtype: Optional[str]) -> None:
 # ---- loading ----
 
 
+def prepare(debugging: bool) -> None:
+    """Settings that Paddle reads when it is imported, and silence from the libraries between the lines of the chat."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("paddlemix").setLevel(logging.DEBUG if debugging else logging.WARNING)
+    settings = prepare_cpu()
+    if debugging:
+        debug(f"environment: {', '.join(settings) or 'nothing set'}")
+    else:
+        quiet_start()
+        warnings.filterwarnings("ignore")
+
+
 def choose_device(name: Optional[str]) -> str:
     """Makes Paddle use the device; its name.
 
@@ -184,6 +197,7 @@ def choose_dtype(name: Optional[str], device: str) -> str:
 
 def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
     """Model and processor in a :class:`LlavaChat`; what is quick to refuse is looked at first."""
+    prepare(args.debug)
     if args.conv_mode is not None:
         from paddlemix.models.llava.conversation import conv_templates
 
@@ -202,16 +216,6 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
     if args.device is None and args.dtype is None:  # else these are looked at before anything is downloaded
         resolve(args.model_path)
 
-    from paddlemix.runtime import prepare_cpu, quiet_start
-
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
-    logging.getLogger("paddlemix").setLevel(logging.DEBUG if args.debug else logging.WARNING)
-    settings = prepare_cpu()
-    if args.debug:
-        debug(f"environment: {', '.join(settings) or 'nothing set'}")
-    else:
-        quiet_start()
-        warnings.filterwarnings("ignore")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve(args.model_path)

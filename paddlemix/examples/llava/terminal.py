@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Iterator, Mapping
+
+from paddlemix.models.llava.hub import cache_home
 
 __all__ = ["LineReader", "TerminalReader", "one_interrupt", "open_reader"]
 
@@ -103,16 +104,11 @@ def open_reader(commands: Mapping[str, bool]):
     return TerminalReader(commands) if all(end is not None and end.isatty() for end in ends) else LineReader()
 
 
-def cache_folder() -> Path:
-    """Where the user's files between two runs are: PADDLEMIX_CACHE, else ~/.cache/paddlemix."""
-    return Path(os.environ.get("PADDLEMIX_CACHE") or "~/.cache/paddlemix").expanduser()
-
-
 def _history():
     """What was typed in earlier chats, readable by the user alone; in memory where no file can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    path = cache_folder() / "chat_history"
+    path = cache_home() / "chat_history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
