@@ -214,7 +214,8 @@ class LlavaTrainer(Trainer):
         if self.noise is not None:
             noise = self.noise.on(batch["attention_mask"], batch.get("segment_ids"))
         with noise, self.autocast_smart_context_manager():
-            loss = model(**batch, loss_reduction="sum").loss * (self._ranks / total)
+            output = model(**batch, loss_reduction="sum")
+            loss = output.loss * (self._ranks / total)
             if self._ranks > 1 and batch.get("pixel_values") is None:
                 loss = loss + self._no_picture_term()
         (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
@@ -223,6 +224,9 @@ class LlavaTrainer(Trainer):
             if self._ranks > 1:
                 self._complete_gradients()
         loss = loss.detach()
+        if output.label_logits is not None and not self.args.fp16:
+            # Paddle's softmax on a CPU gives finite numbers for logits that are none, and hides a model that broke
+            loss = loss + output.label_logits.detach().astype("float32").sum() * 0.0
         carried = self._progress.pop("loss_since_log", 0.0)  # of the steps between the last log and the checkpoint
         return loss + carried if carried else loss
 
