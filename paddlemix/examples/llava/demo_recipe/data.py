@@ -8,10 +8,10 @@ from typing import Any, Dict, List
 from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
 from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
 
-__all__ = ["KINDS", "write_data", "write_test_scenes"]
+__all__ = ["KINDS", "write_data", "write_rows", "write_test_scenes"]
 
 ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000  # the tower's pictures have seeds from 0
-ROUNDS = 12
+ROUNDS = 8
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
 KINDS = {
     "exist": 2,
@@ -24,7 +24,7 @@ KINDS = {
     "box": 2,
     "region": 1,
     "caption": 2,
-    "list": 3,
+    "list": 2,
 }
 
 
@@ -48,7 +48,7 @@ def write_data(
         align.append(
             {"image": f"images/{scene.seed}.png", "conversations": [["<image>", questions.dense_caption(scene)]]}
         )
-    _write(folder / "align.json", align)
+    write_rows(folder / "align.json", align)
 
     rng = random.Random(f"instruct-{seed}")
     instruct = []
@@ -60,11 +60,11 @@ def write_data(
     easy = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
     instruct += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(instruct_easy, len(easy)))]
     rng.shuffle(instruct)
-    _write(folder / "instruct.json", instruct)
+    write_rows(folder / "instruct.json", instruct)
 
     test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
     random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
-    _write(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
+    write_rows(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
     write_test_scenes(folder)
 
 
@@ -76,14 +76,14 @@ def write_test_scenes(folder: Path) -> None:
         scene = make_scene(seed)
         draw_scene(scene).save(folder / "images" / f"{seed}.png")
         rows += questions.test_rows(f"images/{seed}.png", scene)
-    _write(folder / "scenes_test.json", rows)
+    write_rows(folder / "scenes_test.json", rows)
 
 
 def _absolute(row: Dict[str, Any], folder: Path) -> Dict[str, Any]:
     return {**row, "image": str(folder.absolute() / row["image"])}
 
 
-def _write(path: Path, rows: List[Dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: List[Dict[str, Any]]) -> None:
     """One row per line inside a JSON array, as errors name lines."""
     body = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f"[\n{body}\n]\n", encoding="utf-8")

@@ -77,8 +77,10 @@ class Recipe:
         from safetensors.numpy import load_file, save_file
 
         from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+        from paddlemix.examples.llava.demo_recipe.data import write_rows
         from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
         from paddlemix.examples.llava.demo_recipe.fit_projector import Words, fit_projector
+        from paddlemix.examples.llava.demo_recipe.language import text_rows
         from paddlemix.examples.llava.demo_recipe.pretrain_tower import EasyVQAPictures
         from paddlemix.models.llava.demo import build, find_smollm2
         from paddlemix.processors.tokenizer import encode_text
@@ -102,21 +104,23 @@ class Recipe:
             parts.append(self.out / f"base_{name}.safetensors")
             save_file(tensors, str(parts[-1]))
         build(scratch, find_smollm2(), parts)
+        write_rows(self.out / "data" / "text.json", text_rows(model, processor))
         scratch.rename(folder)
         return {"explained": explained}
 
     def align(self) -> None:
-        self._finetune("stage2", "stage2_align.json", self.out / "base", "align.json")
+        self._finetune("stage2", "stage2_align.json", self.out / "base", ["align.json"])
 
     def instruct(self) -> None:
-        self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", "instruct.json")
+        self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", ["instruct.json", "text.json"])
 
-    def _finetune(self, name: str, shipped: str, model: Path, data: str) -> None:
+    def _finetune(self, name: str, shipped: str, model: Path, data: List[str]) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
         config["output_dir"] = str(self.out / name)
-        config["dataset"]["train"][0]["data_files"] = str(self.out / "data" / data)
+        for entry, file in zip(config["dataset"]["train"], data):
+            entry["data_files"] = str(self.out / "data" / file)
         path = self.out / f"{name}.json"
         path.write_text(json.dumps(config, indent=4), encoding="utf-8")
         self._call([sys.executable, str(TOOLS / "supervised_finetune.py"), str(path)])
