@@ -79,7 +79,10 @@ def rows_with(answers):
         },
         {
             "messages": [
-                {"role": "user", "content": [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "What?"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "What?"}],
+                },
                 {"role": "assistant", "content": answers[3]},
             ]
         },
