@@ -137,3 +137,11 @@ def test_the_number_of_tiles_must_fit_the_pictures(model):
 def test_a_configuration_that_cannot_be_honoured_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         build(**change)
+
+
+def test_placeholders_among_labels_are_not_trained(model):
+    ids = paddle.to_tensor([PROMPT])
+    labels = paddle.to_tensor([[-100] + PROMPT[1:]])
+    expected = paddle.to_tensor([[-100] * 5 + PROMPT[5:]])
+    loss = model(ids, pixel_values=picture(), labels=labels).loss
+    assert float(loss) == float(model(ids, pixel_values=picture(), labels=expected).loss)

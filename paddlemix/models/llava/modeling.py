@@ -170,7 +170,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             side = config.vision.image_size
             sizes = [(side, side)] * pixel_values.shape[0]
         else:
-            sizes = [tuple(int(v) for v in size) for size in paddle.to_tensor(image_sizes).reshape([-1, 2]).tolist()]
+            rows = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+            sizes = [(int(width), int(height)) for width, height in rows]
         tiles = [num_tiles(size, config) for size in sizes]
         if sum(tiles) != pixel_values.shape[0]:
             raise UserError(
@@ -216,7 +217,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             attention_mask: [B, T], 0 at padding on either side.
             pixel_values: [N, 3, H, W], all tiles of all pictures of all rows, in order; None for text only.
             image_sizes: [M, 2], width and height.
-            labels: [B, T], IGNORE_INDEX where nothing is trained; position t is predicted from t - 1.
+            labels: [B, T], IGNORE_INDEX where nothing is trained, nor at placeholders; position t is predicted from t - 1.
             position_ids, segment_ids: [B, T] of packed rows; a token sees its own segment only.
             inputs_embeds: [B, T, D] in place of input_ids and pixel_values.
             loss_reduction: ``mean`` over the labelled tokens of this call, or their ``sum``.
@@ -228,7 +229,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         if labels is None:
             return LlavaOutput(self.lm_logits, hidden)
         targets = labels[:, 1:].flatten()
-        places = paddle.nonzero(targets != IGNORE_INDEX).flatten()
+        places = paddle.nonzero((targets != IGNORE_INDEX) & (targets != IMAGE_TOKEN_INDEX)).flatten()
         if places.shape[0] == 0:
             return LlavaOutput(self.lm_logits, hidden, loss=hidden.astype("float32").sum() * 0.0)
         chosen = paddle.gather(hidden[:, :-1].flatten(0, 1), places)
