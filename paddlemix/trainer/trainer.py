@@ -378,7 +378,8 @@ class LlavaTrainer(Trainer):
             self._resumed_from = Path(resume_from_checkpoint)
             self._progress = _read_json(self._resumed_from / PROGRESS_FILE)
             self._progress["to_restore"] = True
-            self._tokens_seen = self._tokens_at_log = self._progress["supervised_tokens"]
+            self._tokens_seen = self._progress["supervised_tokens"]
+            self._tokens_at_log = self._progress["supervised_tokens_at_log"]
             state = TrainerState.load_from_json(str(self._resumed_from / STATE_FILE))
             epoch, step = divmod(state.global_step, num_update_steps_per_epoch)
             train_dataloader.epoch = epoch
@@ -474,6 +475,7 @@ class LlavaTrainer(Trainer):
                     "total_loss": self._total_loss_scalar,
                     "last_logged_step": self._globalstep_last_logged,
                     "supervised_tokens": self._tokens_seen,
+                    "supervised_tokens_at_log": self._tokens_at_log,
                     "evaluation_pending": evaluation_pending,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": _plain(self.scaler.state_dict()) if self.do_grad_scaling else None,
