@@ -54,9 +54,11 @@ setup(
         "paddlemix": [
             "config/*/*.json",
             "examples/*/*.md",
+            "examples/*/*/*.md",
             "examples/*/*/*.json",
             "examples/*/images/*",
             "models/*/demo_weights/*",
+            "models/*/demo_weights/*/*",
         ]
     },
     python_requires=">=3.9,<3.13",
