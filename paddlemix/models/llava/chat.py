@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 FILE_FORMAT = "paddlemix-llava-chat"
 FILE_VERSION = 1
+KEPT_PICTURES = 64  # whose features stay in memory, in case they have to be read again
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,11 @@ class LlavaChat:
     @property
     def messages(self) -> List[Dict[str, str]]:
         """The conversation as ``{"role": …, "content": …}``, as the template renders it."""
-        return self._messages(self._rounds)
+        messages = []
+        for turn in self._rounds:
+            messages.append({"role": "user", "content": self._content(turn.question, turn.pictures)})
+            messages.append({"role": "assistant", "content": _harmless(turn.answer)})
+        return messages
 
     @property
     def last_answer(self) -> Optional[str]:
@@ -220,11 +225,6 @@ class LlavaChat:
     def context_limit(self) -> int:
         """Tokens that prompt and answer may have together."""
         return int(self.config.max_position_embeddings)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens whose keys and values are kept."""
-        return len(self._cached)
 
     # talking
 
@@ -399,13 +399,6 @@ class LlavaChat:
 
     # a turn, step by step
 
-    def _messages(self, rounds: Sequence[Round]) -> List[Dict[str, str]]:
-        messages = []
-        for turn in rounds:
-            messages.append({"role": "user", "content": self._content(turn.question, turn.pictures)})
-            messages.append({"role": "assistant", "content": _harmless(turn.answer)})
-        return messages
-
     def _content(self, question: str, pictures: Sequence[Picture]) -> str:
         """The question with a placeholder for each picture; those that it doesn't place itself come first.
 
@@ -522,6 +515,8 @@ class LlavaChat:
         turn = self.stats.last = TurnStats(prompt=plan.text, prompt_ids=plan.ids)
         text = _AnswerText(self.processor.stream_decoder(), self.stop_strings)
         log_probs: List[float] = []
+        training = self.model.training
+        self.model.eval()
         try:
             logits = self._prefill(plan, turn)
             most = min(self.settings.max_new_tokens, self.context_limit - len(plan.ids))
@@ -543,6 +538,8 @@ class LlavaChat:
                 yield piece
             turn.finish_reason = reason
         finally:
+            if training:
+                self.model.train()
             turn.seconds = time.perf_counter() - started
             turn.new_tokens = len(log_probs)
             self.stats.new_tokens += len(log_probs)
@@ -578,12 +575,16 @@ class LlavaChat:
         return logits
 
     def _encode(self, picture: Picture) -> paddle.Tensor:
-        """Image features [K, D]; the tower sees every picture once."""
-        if picture.digest not in self._features:
+        """Image features [K, D]; the tower sees a picture once."""
+        features = self._features.pop(picture.digest, None)
+        if features is None:
             pixel_values = paddle.to_tensor(self.processor.image_processor.preprocess(picture.image))
             self.stats.tower_calls += 1
-            self._features[picture.digest] = self.model.encode_images(pixel_values, [picture.size])[0]
-        return self._features[picture.digest]
+            features = self.model.encode_images(pixel_values, [picture.size])[0]
+        self._features[picture.digest] = features  # the last one used is the last to go
+        if len(self._features) > KEPT_PICTURES:
+            del self._features[next(iter(self._features))]
+        return features
 
     # small parts
 
