@@ -106,3 +106,9 @@ def test_a_cache_that_is_too_small_says_so(model):
     cache = model.new_cache(1, 4)
     with pytest.raises(UserError, match="5 tokens don't fit in a cache of 4"):
         model.prefill(model.embed(paddle.ones([1, 5], "int64")), cache)
+
+
+def test_two_masks_that_meet_stay_finite_in_every_dtype():
+    for dtype, smallest in (("float16", np.finfo(np.float16).min), ("float32", np.finfo(np.float32).min)):
+        assert 2 * attention.masked_score(dtype) > smallest
+        assert np.exp(np.float64(attention.masked_score(dtype))) == 0

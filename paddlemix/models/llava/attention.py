@@ -8,20 +8,26 @@ from typing import Optional
 import paddle
 import paddle.nn.functional as F
 
-__all__ = ["attend", "causal_bias", "MASKED"]
+__all__ = ["attend", "causal_bias", "masked_score"]
 
-# Added to a score that must not count. Finite, so that a row in which nothing is allowed (padding) gives numbers, not NaN.
-MASKED = -1e9
 
 # Queries of one block when no gradient is needed: bounds the score matrix and skips the keys after the block.
 BLOCK = 256
+
+
+def masked_score(dtype) -> float:
+    """What is added to a score that must not count.
+
+    Finite, also where two of them meet, so that a row in which nothing is allowed (padding) gives numbers and not NaN.
+    """
+    return -2e4 if "float16" in str(dtype) and "bfloat16" not in str(dtype) else -1e9
 
 
 def causal_bias(queries: int, keys: int, dtype="float32") -> paddle.Tensor:
     """[T, S] additive bias: query t, the last of them being key S-1, sees the keys up to its own position."""
     rows = paddle.arange(keys - queries, keys).unsqueeze(1)
     allowed = paddle.arange(keys).unsqueeze(0) <= rows
-    return paddle.where(allowed, paddle.zeros([], dtype), paddle.full([], MASKED, dtype))
+    return paddle.where(allowed, paddle.zeros([], dtype), paddle.full([], masked_score(dtype), dtype))
 
 
 def attend(

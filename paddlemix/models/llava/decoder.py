@@ -12,7 +12,7 @@ from paddle import nn
 from paddle.incubate.nn.functional import fused_rms_norm
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.attention import MASKED, attend
+from paddlemix.models.llava.attention import attend, masked_score
 from paddlemix.models.llava.configuration import LlavaConfig
 
 __all__ = ["KVCache", "LlamaDecoder", "RotaryEmbedding"]
@@ -36,7 +36,7 @@ class KVCache:
         self.keys = [None] * config.num_hidden_layers
         self.values = [None] * config.num_hidden_layers
         self._allocated = 0
-        self.bias = None  # [B, allocated] 0 where a key counts, MASKED at padding and past the length
+        self.bias = None  # [B, allocated] 0 where a key counts, masked_score at padding and past the length
         self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
 
     def reserve(self, tokens: int) -> None:
@@ -57,7 +57,7 @@ class KVCache:
                 tensors[i] = paddle.zeros(shape, self.dtype)
                 if self.length:
                     tensors[i][:, :, : self.length] = old[:, :, : self.length]
-        bias = paddle.full([self.batch_size, size], MASKED, self.dtype)
+        bias = paddle.full([self.batch_size, size], masked_score(self.dtype), self.dtype)
         if self.length:
             bias[:, : self.length] = self.bias[:, : self.length]
         self.bias, self._allocated = bias, size
@@ -74,7 +74,7 @@ class KVCache:
             raise ValueError(f"can't truncate a cache of {self.length} tokens to {length}")
         if self.bias is not None:
             # past the old length too: a forward that was interrupted has let positions in that it never finished
-            self.bias[:, length:] = MASKED
+            self.bias[:, length:] = masked_score(self.dtype)
         if length < self.length:
             if self.positions is not None:
                 self.positions = self.positions - (self.length - length)
@@ -322,14 +322,14 @@ class LlamaDecoder(nn.Layer):
             bias = None
             if segment_ids is not None:
                 same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-                bias = ((1 - same.astype(dtype)) * MASKED).unsqueeze(1)
+                bias = ((1 - same.astype(dtype)) * masked_score(dtype)).unsqueeze(1)
             elif attention_mask is not None:
-                bias = ((1 - attention_mask.astype(dtype)) * MASKED).unsqueeze([1, 2])
+                bias = ((1 - attention_mask.astype(dtype)) * masked_score(dtype)).unsqueeze([1, 2])
             return bias
         cache.reserve(tokens)
         stop = cache.length + tokens
         cache.bias[:, cache.length : stop] = (
-            0.0 if attention_mask is None else (1 - attention_mask.astype(dtype)) * MASKED
+            0.0 if attention_mask is None else (1 - attention_mask.astype(dtype)) * masked_score(dtype)
         )
         if tokens == 1:
             return cache.bias.unsqueeze([1, 2])
