@@ -168,7 +168,11 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, changes, words):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("{", ["not valid JSON", ":1:"]), ("[]", ["list", "object"]), ('{"lora": true, "lora": false}', ["lora", "twice"])],
+    [
+        ("{", ["not valid JSON", ":1:"]),
+        ("[]", ["list", "object"]),
+        ('{"lora": true, "lora": false}', ["lora", "twice"]),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, words):
     file = tmp_path / "config.json"

@@ -53,7 +53,9 @@ def test_one_step_is_the_same_however_the_batch_is_split(tmp_path, lora):
 
 def test_the_logged_loss_is_the_sum_over_supervised_tokens_by_their_number(tmp_path):
     rows = samples(6)
-    losses, _ = train(tmp_path, Samples(rows), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1)
+    losses, _ = train(
+        tmp_path, Samples(rows), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1
+    )
     model, total, count = tiny_model(), 0.0, 0
     model.eval()
     for row in rows:  # each alone, without padding

@@ -62,7 +62,9 @@ def whole_run(request, tmp_path_factory):
     return request.param, folder, weights(trainer), log_of(folder)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 8], ids=["between logs", "at an epoch's end", "within an epoch", "at the end"])
+@pytest.mark.parametrize(
+    "step", [1, 3, 4, 8], ids=["between logs", "at an epoch's end", "within an epoch", "at the end"]
+)
 def test_going_on_repeats_the_whole_run(whole_run, tmp_path, step):
     lora, folder, expected, log = whole_run
     # what a killed run leaves: its log, perhaps with lines after the checkpoint

@@ -1,0 +1,386 @@
+"""Fine-tuning as a user runs it: a JSON file, a folder that comes out, and what happens when it is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.numpy import load_file
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava.chat import LlavaChat
+from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+from paddlemix.processors.llava import LlavaProcessor
+from paddlemix.tools.merge_lora_params import main as merge_main
+from paddlemix.tools.supervised_finetune import main, run
+from paddlemix.trainer.callbacks import read_log
+from tests.trainer.tiny import colour_data, tiny_checkpoint
+
+TOOL = Path(__file__).parents[2] / "paddlemix" / "tools" / "supervised_finetune.py"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A tiny checkpoint and data for it."""
+    folder = tmp_path_factory.mktemp("finetune")
+    tiny_checkpoint(folder / "base")
+    colour_data(folder / "data", 12)
+    colour_data(folder / "data", 4, "eval.json")
+    return folder
+
+
+def configure(room, output, **changes):
+    config = {
+        "model_name_or_path": str(room / "base"),
+        "dataset": {"train": [{"name": "chatml_dataset", "data_files": str(room / "data" / "train.json")}]},
+        "output_dir": str(output),
+        "max_length": 512,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "do_train": True,
+    }
+    config.update(changes)
+    config = {key: value for key, value in config.items() if value is not None}
+    file = Path(output).with_name(Path(output).name + ".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(config))
+    return str(file)
+
+
+def with_eval(room):
+    return {
+        "train": [{"data_files": str(room / "data" / "train.json")}],
+        "eval": [{"data_files": str(room / "data" / "eval.json")}],
+    }
+
+
+def answer(folder, room):
+    """The folder opened in the chat, and what it says of a picture; and its logits."""
+    model, processor = LlavaLlamaForCausalLM.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
+    chat = LlavaChat(model, processor, temperature=0, max_new_tokens=6)
+    text = "".join(chat.ask("Which colour?", image=str(room / "data" / "red.png")))
+    batch = processor(text="USER: <image>\nWhich colour? ASSISTANT:", images=str(room / "data" / "red.png"))
+    with paddle.no_grad():
+        return text, model(**batch).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def lora_run(room):
+    output = room / "runs" / "adapter"
+    config = configure(
+        room, output, lora=True, lora_rank=4, lora_dropout=0.0, mm_projector_lr=1e-3, image_aspect_ratio="pad",
+        dataset=with_eval(room), evaluation_strategy="steps", eval_steps=2, eval_with_do_generation=True,
+    )  # fmt: skip
+    assert run([config]) == 0
+    return output
+
+
+def test_a_lora_run_leaves_what_was_asked_for(room, lora_run):
+    names = {path.name for path in lora_run.iterdir()}
+    assert names >= {
+        "checkpoint-2", "checkpoint-4", "config.json", "lora_config.json", "lora_model_state.safetensors",
+        "non_lora_state.safetensors", "tokenizer.json", "preprocessor_config.json", "train_log.jsonl", "loss.png",
+        "eval_predictions-2.jsonl", "eval_predictions-4.jsonl", "train_results.json",
+    }  # fmt: skip
+    assert (lora_run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    adapter = load_file(lora_run / "lora_model_state.safetensors")
+    assert len(adapter) == 28 and not any("vision_tower" in name for name in adapter)
+    beside = load_file(lora_run / "non_lora_state.safetensors")
+    base = load_file(room / "base" / "model.safetensors")
+    assert set(beside) == {f"llama.mm_projector.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+    assert all(np.abs(value - base[name]).max() > 0 for name, value in beside.items())
+    recorded = json.loads((lora_run / "lora_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == str(room / "base") and recorded["r"] == 4
+    assert json.loads((lora_run / "config.json").read_text())["image_aspect_ratio"] == "pad"
+
+
+def test_the_log_and_the_predictions(lora_run):
+    log = read_log(lora_run / "train_log.jsonl")
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 4]
+    assert all({"eval_token_accuracy", "eval_exact_match"} <= set(entry) for entry in evaluated)
+    rows = [json.loads(line) for line in (lora_run / "eval_predictions-4.jsonl").read_text().splitlines()]
+    assert {"row", "turn", "question", "answer", "reference", "exact_match"} <= set(rows[0])
+    assert [(row["row"], row["turn"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (3, 1)]
+
+
+def test_an_adapter_opens_unmerged_or_merged_whatever_its_name(room, lora_run, tmp_path, capsys):
+    merged = tmp_path / "x"
+    arguments = [
+        "--model_name_or_path",
+        str(room / "base"),
+        "--lora_path",
+        str(lora_run),
+        "--merge_model_path",
+        str(merged),
+    ]
+    assert merge_main(arguments) == 0
+    shutil.copytree(lora_run, tmp_path / "7")
+    shutil.copytree(lora_run / "checkpoint-4", tmp_path / "stage")
+    expected, logits = answer(lora_run, room)
+    for folder in (merged, tmp_path / "7", tmp_path / "stage"):
+        text, found = answer(folder, room)
+        assert text == expected
+        np.testing.assert_allclose(found, logits, atol=1e-4)
+    assert np.abs(answer(room / "base", room)[1] - logits).max() > 1e-2
+
+
+def test_a_run_goes_on_from_an_adapter(room, lora_run, tmp_path):
+    config = configure(room, tmp_path / "more", lora=True, lora_path=str(lora_run), max_steps=1, learning_rate=0.0)
+    assert run([config]) == 0
+    before = load_file(lora_run / "lora_model_state.safetensors")
+    after = load_file(tmp_path / "more" / "lora_model_state.safetensors")
+    assert all((after[name] == before[name]).all() for name in before)
+    other = configure(room, tmp_path / "other", lora=True, lora_path=str(lora_run), lora_rank=16)
+    with pytest.raises(UserError, match="lora_rank is 16, but the adapter"):
+        run([other])
+
+
+def test_a_full_run_opens_and_has_learned(room, tmp_path):
+    config = configure(
+        room, tmp_path / "out", max_steps=30, save_steps=15, mixtoken=True, per_device_train_batch_size=2
+    )
+    assert run([config]) == 0
+    log = read_log(tmp_path / "out" / "train_log.jsonl")
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(room / "base" / "model.safetensors")
+    moved = {name for name in base if np.abs(weights[name] - base[name]).max() > 0}
+    assert moved == {name for name in base if "vision_tower" not in name}
+    text, logits = answer(tmp_path / "out", room)
+    again = answer(tmp_path / "out" / "checkpoint-30", room)
+    assert again[0] == text and (again[1] == logits).all()
+
+
+def test_the_projector_alone_with_the_plain_template_and_its_use(room, tmp_path):
+    rows = [{"image": f"{name}.png", "conversations": [["<image>", f"a {name} wall"]]} for name in ("red", "blue")]
+    captions = room / "data" / "captions.json"
+    captions.write_text(json.dumps(rows))
+    plain = configure(
+        room, tmp_path / "plain", tune_mm_mlp_adapter=True, version="plain", per_device_train_batch_size=2,
+        dataset={"train": [{"data_files": str(captions)}]},
+    )  # fmt: skip
+    assert run([plain]) == 0
+    aligned, base = load_file(tmp_path / "plain" / "model.safetensors"), load_file(room / "base" / "model.safetensors")
+    moved = {name for name in base if np.abs(aligned[name] - base[name]).max() > 0}
+    assert moved == {name for name in base if "mm_projector" in name}
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["conversation_template"] == "plain"
+
+    config = configure(
+        room,
+        tmp_path / "tuned",
+        pretrain_mm_mlp_adapter=str(tmp_path / "plain"),
+        freeze_mm_mlp_adapter=True,
+        max_steps=1,
+    )
+    assert run([config]) == 0
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert all((tuned[name] == aligned[name]).all() for name in moved)
+    assert np.abs(tuned["lm_head.weight"] - base["lm_head.weight"]).max() > 0
+
+
+def test_evaluation_alone_and_predictions(room, tmp_path):
+    config = configure(
+        room, tmp_path / "eval", dataset=with_eval(room), do_train=False, do_eval=True, do_predict=True,
+        eval_accumulation_steps=1, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    assert run([config]) == 0
+    results = json.loads((tmp_path / "eval" / "eval_results.json").read_text())
+    assert results["eval_loss"] > 0 and 0 <= results["eval_token_accuracy"] <= 1
+    assert len((tmp_path / "eval" / "predictions-0.jsonl").read_text().splitlines()) == 6
+    assert not (tmp_path / "eval" / "model.safetensors").exists()
+    whole = configure(
+        room, tmp_path / "whole", dataset=with_eval(room), do_train=False, do_eval=True, per_device_eval_batch_size=4
+    )
+    assert run([whole]) == 0
+    same = json.loads((tmp_path / "whole" / "eval_results.json").read_text())
+    np.testing.assert_allclose(same["eval_loss"], results["eval_loss"], rtol=1e-5)
+
+
+def test_benchmark_reports_and_saves_nothing(room, tmp_path, caplog):
+    config = configure(room, tmp_path / "out", benchmark=True, save_strategy="no", max_steps=2)
+    with caplog.at_level("INFO", logger="paddlemix"):
+        assert run([config]) == 0
+    assert "Supervised tokens per second" in caplog.text and "Peak memory" in caplog.text
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_it_says_what_it_will_do(room, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="paddlemix"):
+        run([configure(room, tmp_path / "out", max_steps=1, lora=True)])
+    text = caplog.text
+    assert "vision tower" in text and "LoRA adapters" in text and "supervised tokens" in text
+    assert "weights" in text and "gradients" in text and "optimizer" in text and "activations" in text
+
+
+def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
+    config = configure(room, tmp_path / "out", max_steps=1)
+    assert run([config]) == 0
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    with caplog.at_level("INFO", logger="paddlemix"):
+        assert run([config]) == 0
+    assert "is complete" in caplog.text and (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    assert run([config, "--overwrite_output_dir"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"learning_rates": 1.0}, ["learning_rates", "learning_rate"]),
+        ({"lora_rank": "four"}, ["lora_rank", "whole number"]),
+        ({"model_name_or_path": "no/such/folder"}, ["no/such/folder"]),
+        ({"dataset": {"train": [{"data_files": "gone.json"}]}}, ["gone.json", "doesn't exist"]),
+        ({"dataset": {"eval": []}}, ["dataset has no train entry"]),
+        ({"dataset": {"trian": []}}, ["trian", "train"]),
+        ({"do_eval": True}, ["dataset has no eval entry"]),
+        ({"lora": True, "lora_target_modules": ["llama.layers.*wq"]}, ["llama.layers.*wq", "matches no layer"]),
+        ({"max_length": 40}, ["max_length 40"]),
+        ({"version": "vicuna_v9"}, ["version", "vicuna_v9", "vicuna_v1"]),
+        ({"image_aspect_ratio": "wide"}, ["image_aspect_ratio", "wide"]),
+        ({"freeze_include": ["*"]}, ["nothing is left to train"]),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ["dataloader_drop_last", "64"]),
+        ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
+        ({"bf16": True, "device": "cpu"}, ["bf16"]),
+        ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
+        ({"pretrain_mm_mlp_adapter": "gone.bin"}, ["gone.bin"]),
+        ({"resume_from_checkpoint": True}, ["no whole checkpoint"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(room, tmp_path, capsys, changes, words):
+    config = configure(room, tmp_path / "out", **changes)
+    assert main([config]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '[{"conversations": []}]', "not json"])
+def test_data_without_rows(room, tmp_path, capsys, content):
+    data = tmp_path / "train.json"
+    data.write_text(content)
+    assert main([configure(room, tmp_path / "out", dataset={"train": [{"data_files": str(data)}]})]) == 1
+    assert "train.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_missing_picture_is_told_before_training(room, tmp_path, capsys):
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([{"image": "gone.png", "conversations": [["<image>\nWhat?", "Nothing."]]}]))
+    assert main([configure(room, tmp_path / "out", dataset={"train": [{"data_files": str(data)}]})]) == 1
+    error = capsys.readouterr().err
+    assert "train.json:1" in error and "gone.png" in error and not (tmp_path / "out").exists()
+
+
+# as processes
+
+
+def environment():
+    return {**os.environ, "FLAGS_paddle_num_threads": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def start(config, *more, launcher=()):
+    command = [sys.executable, *launcher, str(TOOL), config, *more]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(process, happened, seconds=120):
+    """Polls as fast as it can; True if it happened while the process ran."""
+    end = time.time() + seconds
+    while process.poll() is None and time.time() < end:
+        if happened():
+            return True
+    return False
+
+
+def outcome(folder, losses=("step", "loss", "supervised_tokens")):
+    log = [{key: entry[key] for key in losses} for entry in read_log(folder / "train_log.jsonl")]
+    return log, {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_killed_while_saving_and_between_it_ends_like_a_run_that_was_not(room, tmp_path):
+    options = dict(
+        lora=True, lora_dropout=0.1, neftune=True, max_steps=12, save_steps=2, gradient_accumulation_steps=2,
+        per_device_train_batch_size=2, overwrite_output_dir=True, save_total_limit=2,
+    )  # fmt: skip
+    assert run([configure(room, tmp_path / "whole", **options)]) == 0
+    output, config = tmp_path / "cut", configure(room, tmp_path / "cut", **options)
+
+    process = start(config)
+    assert wait_until(process, lambda: (output / ".partial-checkpoint-4").exists()), process.stdout.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # whether the kill came before the rename or a moment later, only whole checkpoints have the name
+    assert (output / "checkpoint-2" / "checkpoint_complete.json").exists()
+
+    process = start(config)
+    reached = lambda: any(entry["step"] >= 7 for entry in read_log(output / "train_log.jsonl"))  # noqa: E731
+    assert wait_until(process, reached), process.stdout.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "lora_model_state.safetensors").exists()
+
+    process = start(config)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Going on from" in text, text
+    log, weights = outcome(output)
+    expected_log, expected = outcome(tmp_path / "whole")
+    assert log == expected_log and weights.keys() == expected.keys()
+    for file, tensors in expected.items():
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(weights[file][name], value, err_msg=name)
+
+
+def test_sigterm_saves_first(room, tmp_path):
+    config = configure(room, tmp_path / "out", max_steps=500, save_steps=400)
+    process = start(config)
+    assert wait_until(process, (tmp_path / "out" / "train_log.jsonl").exists), process.stdout.read()
+    wait_until(process, lambda: len(read_log(tmp_path / "out" / "train_log.jsonl")) > 2)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text, text
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "checkpoint_complete.json").exists()
+    assert answer(checkpoint, room)[1].shape[-1] == 264
+
+
+def test_two_ranks_train_to_the_losses_of_one(room, tmp_path):
+    # 12 rows: global batches of 8 and 4, text-only rows among them, so that a rank may have no picture in a step
+    options = dict(max_steps=4, lora=True, lora_dropout=0.0, save_steps=2, dataset=with_eval(room), do_eval=True)
+    options.update(evaluation_strategy="steps", eval_steps=4, eval_with_do_generation=True)
+    one = configure(room, tmp_path / "one", per_device_train_batch_size=8, **options)
+    assert run([one]) == 0
+    two = configure(room, tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
+    process = start(two, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
+    text, _ = process.communicate(timeout=180)
+    logs = "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
+    assert process.returncode == 0, text + logs
+    keys = ("step", "loss", "supervised_tokens", "eval_loss", "eval_token_accuracy", "eval_exact_match")
+    logs = {}
+    for name in ("one", "two"):
+        logs[name] = read_log(tmp_path / name / "train_log.jsonl")
+    assert len(logs["one"]) == len(logs["two"]) == 5
+    for first, second in zip(logs["one"], logs["two"]):
+        for key in keys:
+            assert (key in first) == (key in second)
+            if key in first:
+                assert abs(first[key] - second[key]) < 1e-5, (key, first, second)
+    predicted = [(tmp_path / name / "eval_predictions-4.jsonl").read_text() for name in ("one", "two")]
+    assert predicted[0] == predicted[1]
+    first, second = (outcome(tmp_path / name, ("step",))[1] for name in ("one", "two"))
+    for file in first:
+        for name, value in first[file].items():
+            np.testing.assert_allclose(second[file][name], value, atol=1e-5, err_msg=name)
