@@ -373,3 +373,94 @@ def shapes_of(tensors: Mapping[str, StoredTensor]) -> Dict[str, Tuple[int, ...]]
 
 def files_of(folder: Path) -> List[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_flat(config: LlavaConfig, dtype: str) -> Dict[str, Any]:
+    """config.json of the original release; the sizes of the tower and the template stand in it beside the release's keys."""
+    values = _written_decoder(config, dtype)
+    if config.vision is None:
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **values}
+    return {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        **values,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "mm_hidden_size": config.mm_hidden_size,
+        "mm_patch_merge_type": config.mm_patch_merge_type,
+        "mm_projector_type": config.mm_projector_type,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": config.mm_use_im_start_end,
+        "mm_vision_select_feature": config.mm_vision_select_feature,
+        "mm_vision_select_layer": config.mm_vision_select_layer,
+        "mm_vision_tower": tower_name(config),
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,  # the release then builds the tower before it reads the weights
+        "use_mm_proj": True,
+        "vision_config": config.vision_config,
+        "conversation_template": config.conversation_template,
+    }
+
+
+def write_nested(config: LlavaConfig, dtype: str, image_token: int, pad_token: int) -> Dict[str, Any]:
+    """config.json of transformers' ``llava`` (square, pad) or ``llava_next`` (anyres).
+
+    Raises:
+        UserError: a choice that transformers' classes don't have.
+    """
+    text = _written_decoder(config, dtype)
+    if config.vision is None:
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **text}
+    for key, allowed in (
+        ("mm_projector_type", ("mlp2x_gelu",)),
+        ("mm_patch_merge_type", ("spatial_unpad",) if config.image_aspect_ratio == "anyres" else ("flat",)),
+    ):
+        if getattr(config, key) not in allowed:
+            raise UserError(
+                f"{key} is {getattr(config, key)!r} with image_aspect_ratio {config.image_aspect_ratio!r}, which the layout "
+                f"huggingface can't say; expected {allowed[0]!r}, or use --layout toolkit or original."
+            )
+    anyres = config.image_aspect_ratio == "anyres"
+    layer = config.mm_vision_select_layer
+    values = {
+        "model_type": "llava_next" if anyres else "llava",
+        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
+        "text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **text},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 768, **(config.vision_config or {})},
+        "image_token_index": image_token,
+        "pad_token_id": pad_token,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": "default" if config.mm_vision_select_feature == "patch" else "full",
+        "torch_dtype": dtype,
+        "conversation_template": config.conversation_template,
+    }
+    if anyres:
+        values["image_grid_pinpoints"] = [[height, width] for width, height in config.image_grid_pinpoints]
+        values["use_image_newline_parameter"] = True
+    else:
+        values["image_seq_length"] = config.vision.num_patches + (config.mm_vision_select_feature == "cls_patch")
+    return values
+
+
+def _written_decoder(config: LlavaConfig, dtype: str) -> Dict[str, Any]:
+    values = {key: getattr(config, key) for key in _DECODER_DEFAULTS}
+    scaling = config.rope_scaling
+    if scaling is not None:  # both words for it, as older and newer transformers look for one of them
+        kind = scaling.get("type", scaling.get("rope_type"))
+        values["rope_scaling"] = {"type": kind, "rope_type": kind, "factor": float(scaling["factor"])}
+    return {**values, "pad_token_id": config.pad_token_id, "torch_dtype": dtype}
+
+
+def tower_name(config: LlavaConfig) -> str:
+    """What mm_vision_tower says: the checkpoint's own word, else the known tower of those sizes."""
+    if config.mm_vision_tower:
+        return config.mm_vision_tower
+    sizes = config.vision_config or {}
+    return next((name for name, known in KNOWN_TOWERS.items() if known == sizes), "vision_tower")

@@ -457,14 +457,17 @@ def write_aside(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
-def write_safetensors(path: Path, specs: Dict[str, TensorSpec], tensors: Iterable[Tuple[str, np.ndarray]]) -> None:
+def write_safetensors(
+    path: Path, specs: Dict[str, TensorSpec], tensors: Iterable[Tuple[str, np.ndarray]], framework: str = "np"
+) -> None:
     """Writes a safetensors file tensor by tensor, so that only one of them need be in memory.
 
     Args:
         specs: name -> dtype and shape, in the order of the file.
         tensors: (name, numbers) in that same order; bfloat16 as uint16 bits.
+        framework: whose order of axes the numbers have: ``np`` is what PaddleNLP expects, ``pt`` what transformers does.
     """
-    header: Dict[str, Any] = {"__metadata__": {"format": "np"}}
+    header: Dict[str, Any] = {"__metadata__": {"format": framework}}
     end = 0
     for name, spec in specs.items():
         header[name] = {
@@ -492,7 +495,7 @@ def write_weights(
     specs: Dict[str, TensorSpec],
     read,
     max_shard_bytes: int = 5 << 30,
-    stem: str = "model",
+    framework: str = "np",
 ) -> List[Path]:
     """Writes ``model.safetensors``, or shards of at most ``max_shard_bytes`` with their index; returns the files.
 
@@ -501,6 +504,7 @@ def write_weights(
     Args:
         specs: name -> dtype and shape.
         read: name -> numbers, called once for each name, in order.
+        framework: see :func:`write_safetensors`.
     """
     shards: List[Dict[str, TensorSpec]] = [{}]
     filled = 0
@@ -511,20 +515,20 @@ def write_weights(
         shards[-1][name] = spec
         filled += spec.nbytes
     names = (
-        [f"{stem}.safetensors"]
+        ["model.safetensors"]
         if len(shards) == 1
-        else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for name, shard in zip(names, shards):
-        write_safetensors(folder / name, shard, ((key, read(key)) for key in shard))
-    index = folder / f"{stem}.safetensors.index.json"
+        write_safetensors(folder / name, shard, ((key, read(key)) for key in shard), framework)
+    index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
         total = sum(spec.nbytes for spec in specs.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     elif index.exists():
         index.unlink()
-    for old in [folder / f"{stem}.safetensors", *folder.glob(f"{stem}-*-of-*.safetensors")]:
+    for old in [folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")]:
         if old.name not in names and old.exists():
             old.unlink()
     return [folder / name for name in names]

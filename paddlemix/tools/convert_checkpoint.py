@@ -1,0 +1,219 @@
+"""Writes a checkpoint in another layout: the toolkit's, the original release's, or Hugging Face's.
+
+    python paddlemix/tools/convert_checkpoint.py --model_name_or_path IN --output_dir OUT --layout huggingface
+
+IN is whatever the chat opens: a folder in any layout, an adapter (it is merged), a GGUF file, a name. OUT gets weights
+(safetensors), config, tokenizer and image processor; it appears whole or not at all.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddlemix.errors import UserError
+from paddlemix.runtime import prepare_cpu, quiet_start
+
+logger = logging.getLogger("paddlemix.convert")
+
+LAYOUTS = ("toolkit", "original", "huggingface")
+DTYPES = ("float32", "float16", "bfloat16")
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+
+
+def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model_name_or_path", required=True, help="folder or name of the checkpoint")
+    parser.add_argument("--output_dir", required=True, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--layout", required=True, choices=LAYOUTS)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default the checkpoint's")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (default 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in output_dir")
+    return parser.parse_args(argv)
+
+
+def convert(
+    model_name_or_path: str,
+    output_dir: str,
+    layout: str,
+    dtype: Optional[str] = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes the checkpoint; returns its folder.
+
+    Raises:
+        UserError: half a checkpoint, a folder in the way, a choice of the model that the layout can't say.
+    """
+    from tqdm import tqdm
+
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.conversion import ImageToken, open_plan
+    from paddlemix.processors.llava import LlavaProcessor
+
+    output = Path(output_dir).expanduser()
+    check_output(output, overwrite)  # before anything is downloaded
+    max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
+    source = checkpoint.resolve(model_name_or_path)
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"--output_dir {output} is or contains the checkpoint {source} itself; name another folder.")
+
+    config = checkpoint.read_config(source)
+    processor = LlavaProcessor.from_pretrained(processor_folder(source), config=config)
+    image_token = None
+    if layout == "huggingface" and config.vision is not None:
+        image_token = ImageToken(*token_ids(processor.tokenizer))
+    plan = open_plan(source, layout, dtype, image_token)
+
+    parent = output.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if plan.nbytes > free:
+        raise UserError(f"{parent} has {free / 1e9:.1f} GB free, but the weights take {plan.nbytes / 1e9:.1f} GB.")
+    partial = parent / f".{output.name}.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None, desc=f"writing {layout}") as bar:
+            plan.write(partial, max_shard_bytes, bar.update)
+        processor.tokenizer.save_pretrained(partial)
+        if processor.image_processor is not None:
+            processor.image_processor.save_pretrained(partial)
+        if image_token is not None:
+            add_tokens(partial, {IMAGE_TOKEN: image_token.image, PAD_TOKEN: image_token.pad})
+            write_processor_config(partial, plan.config)
+        replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuses to write over anything; with ``overwrite`` over anything but a checkpoint."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file; name a folder.")
+    inside = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if inside and not overwrite:
+        raise UserError(
+            f"--output_dir {output} is not empty ({', '.join(inside[:3])}); name another, or add --overwrite."
+        )
+    if inside and "config.json" not in inside:
+        raise UserError(
+            f"--output_dir {output} holds something other than a checkpoint ({', '.join(inside[:3])}), which --overwrite "
+            "does not replace; name another folder."
+        )
+
+
+def replace(partial: Path, output: Path) -> None:
+    """The finished folder takes its place; what was there goes only then."""
+    if not output.exists():
+        os.rename(partial, output)
+        return
+    old = partial.with_suffix(".old")
+    os.rename(output, old)
+    os.rename(partial, output)
+    shutil.rmtree(old)
+
+
+def processor_folder(folder: Path) -> Path:
+    """Where tokenizer and image processor are: an adapter that has none leaves them to its base."""
+    from paddlemix.models.llava import checkpoint
+
+    base = checkpoint.lora_base(folder)
+    if base is None or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return folder
+    return processor_folder(base)
+
+
+# ---- what transformers' processor needs beside the weights ----
+
+
+def token_ids(tokenizer: Any) -> Sequence[int]:
+    """Ids of <image> and of the padding token; those that the tokenizer lacks come after all others."""
+    image = tokenizer.added_token_id(IMAGE_TOKEN)
+    pad = tokenizer.added_token_id(PAD_TOKEN)
+    following = len(tokenizer)
+    if image is None:
+        image, following = following, following + 1
+    return image, following if pad is None else pad
+
+
+def add_tokens(folder: Path, tokens: Dict[str, int]) -> None:
+    """Makes the tokens known to every file of the tokenizer that names added tokens."""
+    from paddlemix.models.llava.tensor_files import read_json, write_json
+
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        values = read_json(path)
+        known = {entry["content"] for entry in values.get("added_tokens") or []}
+        new = [{"id": index, "content": token, **flags} for token, index in tokens.items() if token not in known]
+        values["added_tokens"] = [*(values.get("added_tokens") or []), *sorted(new, key=lambda entry: entry["id"])]
+        path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    values = read_json(path)
+    decoder = dict(values.get("added_tokens_decoder") or {})
+    for token, index in tokens.items():
+        decoder.setdefault(str(index), {"content": token, **flags})
+    values.update(added_tokens_decoder=decoder, image_token=IMAGE_TOKEN, pad_token=PAD_TOKEN, padding_side="left")
+    write_json(path, values)
+    path = folder / "special_tokens_map.json"
+    if path.is_file():
+        write_json(path, {**read_json(path), "image_token": IMAGE_TOKEN, "pad_token": PAD_TOKEN})
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        write_json(path, {**read_json(path), **tokens})
+
+
+def write_processor_config(folder: Path, config: Any) -> None:
+    """processor_config.json: how many tokens transformers puts in place of <image>."""
+    from paddlemix.models.llava.tensor_files import read_json, write_json
+
+    anyres = config.image_aspect_ratio == "anyres"
+    processor_class = "LlavaNextProcessor" if anyres else "LlavaProcessor"
+    values = {
+        "image_token": IMAGE_TOKEN,
+        "num_additional_image_tokens": 1,  # CLIP's class token
+        "patch_size": config.vision.patch_size,
+        "processor_class": processor_class,
+        "vision_feature_select_strategy": "default" if config.mm_vision_select_feature == "patch" else "full",
+    }
+    write_json(folder / "processor_config.json", values)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        write_json(folder / name, {**read_json(folder / name), "processor_class": processor_class})
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_arguments(argv)
+    prepare_cpu()
+    quiet_start()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("paddlemix").setLevel(logging.INFO)
+    try:
+        import paddle
+
+        paddle.set_device("cpu")
+        output = convert(
+            args.model_name_or_path, args.output_dir, args.layout, args.dtype, args.max_shard_size, args.overwrite
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {args.output_dir} can't be written: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
