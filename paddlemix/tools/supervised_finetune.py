@@ -53,6 +53,8 @@ def run(argv: Sequence[str]) -> int:
         if needed and not entries[split]:
             raise UserError(f"{key} is on, but dataset has no {split} entry; add one, or set {key} to false.")
 
+    if args.device == "cpu" and any(kind.value in ("stage2", "stage3") for kind in args.sharding):
+        raise UserError(f"sharding is {settings['sharding']!r}, which Paddle has on GPUs only; on CPUs use stage1.")
     parts = build(args, settings, entries)
     begin(args, settings, plan, data_files)
     from paddlemix.trainer.trainer import LlavaTrainer
@@ -234,6 +236,7 @@ def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: 
         master_weights=args.fp16_opt_level == "O2",
         float32_gradients=args.amp_master_grad,
         compute_dtype=("float16" if args.fp16 else "bfloat16") if args.fp16 or args.bf16 else None,
+        lora_dropout=args.lora and args.lora_dropout > 0,
         shards=max(args.sharding_parallel_degree, 1),
         sharding=args.sharding[0].value if args.sharding else "",
     )

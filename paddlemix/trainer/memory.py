@@ -26,14 +26,16 @@ def estimate_memory(
     master_weights: bool = False,
     float32_gradients: bool = False,
     compute_dtype: Optional[str] = None,
+    lora_dropout: bool = False,
     shards: int = 1,
     sharding: str = "",
 ) -> Dict[str, int]:
     """Bytes on one device for weights, gradients, optimizer and activations.
 
     The first three are counted from the parameters. Activations are what the backward pass keeps of one micro-batch:
-    per token and decoder layer about 14 D + 4 (H + G) K + 4 F numbers and 3 H T scores (no scores with flash
-    attention), or with ``recompute`` the layers' inputs and one layer; and three times the labelled tokens' logits.
+    per token and decoder layer 8 D + 3 (H + G) K + 4 F numbers and H T scores (none with flash attention), with LoRA's
+    dropout 5/4 (6 D + F) more; or with ``recompute`` the layers' inputs and one layer; and three times the labelled
+    tokens' logits. test_memory.py holds this against the tensors that Paddle saves.
 
     Args:
         rows, tokens: of the longest micro-batch, [rows, tokens].
@@ -42,6 +44,7 @@ def estimate_memory(
         master_weights: the optimizer keeps float32 copies (level O2).
         float32_gradients: ``amp_master_grad``.
         compute_dtype: of activations; default that of the weights.
+        lora_dropout: adapters with dropout are in the model.
         shards: devices that the run is split over, and ``sharding`` how: stage1, stage2, stage3 or empty.
     """
     weights = gradients = optimizer = 0
@@ -62,15 +65,16 @@ def estimate_memory(
 
     unit = _BYTES.get(compute_dtype or dtype, 4)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer = 14 * config.hidden_size + 4 * (heads + groups) * width + 4 * config.intermediate_size
-    layer += 0 if config.use_flash_attention else 3 * heads * tokens
+    layer = 8 * config.hidden_size + 3 * (heads + groups) * width + 4 * config.intermediate_size
+    layer += 0 if config.use_flash_attention else heads * tokens
+    layer += 5 * (6 * config.hidden_size + config.intermediate_size) // 4 if lora_dropout else 0
     layers = config.num_hidden_layers
     kept = (layers * config.hidden_size + layer) if recompute else layers * layer
     activations = rows * tokens * kept * unit + 3 * labelled * config.vocab_size * 4
     if tiles and config.vision is not None:
         vision = config.vision
         seen = vision.num_patches + 1
-        layer = 12 * vision.hidden_size + 3 * vision.intermediate_size + 3 * vision.num_attention_heads * seen
+        layer = 10 * vision.hidden_size + 3 * vision.intermediate_size + vision.num_attention_heads * seen
         # a frozen tower keeps nothing but the layer that it is at
         depth = vision.num_hidden_layers if tower_trained and not recompute else 1
         activations += tiles * seen * (layer * depth + 4 * config.hidden_size) * unit

@@ -39,7 +39,7 @@ def save_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
     held = {}
     for key, value in optimizer.state_dict().items():
         if key == MASTER:
-            held.update({f"{_structured(name, names)}/{MASTER}": tensor for name, tensor in value.items()})
+            held.update({f"{names[name]}/{MASTER}": tensor for name, tensor in value.items()})
         elif isinstance(value, paddle.Tensor):
             held[_structured(key, names)] = value
     arrays = {key: to_numpy(held[key]) for key in sorted(held)}
@@ -54,6 +54,7 @@ def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
         UserError: the state is of parameters that this run doesn't train.
     """
     paddle_names = {structured: name for name, structured in _names(model).items()}
+    paddle_names[""] = ""
     state: Dict[str, Any] = {}
     masters = {}
     for key, stored in open_tensor_file(path).items():
@@ -64,7 +65,9 @@ def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
                 "go on with the settings that the checkpoint was made with."
             )
         tensor = to_tensor(stored.dtype, stored.read())
-        if suffix == MASTER:
+        if not structured:
+            state[suffix] = tensor
+        elif suffix == MASTER:
             masters[paddle_names[structured]] = tensor
         else:
             state[f"{paddle_names[structured]}_{suffix}"] = tensor
@@ -79,10 +82,8 @@ def _names(model: nn.Layer) -> Dict[str, str]:
 
 
 def _structured(key: str, names: Dict[str, str]) -> str:
-    """``linear_7.w_0_moment1_0`` -> ``llama.….weight/moment1_0``"""
-    if key in names:
-        return names[key]
+    """``linear_7.w_0_moment1_0`` -> ``llama.….weight/moment1_0``; ``/key`` where a sharded optimizer has names of its own."""
     for end in range(len(key) - 1, 0, -1):
         if key[end] == "_" and key[:end] in names:
             return f"{names[key[:end]]}/{key[end + 1 :]}"
-    raise ValueError(f"the optimizer's state {key} belongs to no trained parameter")
+    return f"/{key}"
