@@ -1,6 +1,7 @@
 """Checkpoints: configs of every layout, strict and streamed loading, half checkpoints, LoRA folders, saving."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -92,6 +93,21 @@ def test_hugging_faces_keys_are_translated(tmp_path):
     assert config.rope_theta == 5e5 and config.rope_scaling == {"type": "dynamic", "factor": 3.0}
 
 
+def test_whose_word_on_tied_embeddings_counts(tmp_path):
+    """The decoder's own; where it says nothing and the whole says tied, whether there is a head."""
+
+    def tied(values, head):
+        names = ["language_model.model.norm.weight", *(["language_model.lm_head.weight"] if head else [])]
+        write_tensors(tmp_path, {name: np.zeros(2, np.float32) for name in names})
+        return config_of(tmp_path, values).tie_word_embeddings
+
+    assert tied(changed("llava", text_config__tie_word_embeddings=True), head=True)
+    assert not tied(changed("llava", text_config__tie_word_embeddings=False, tie_word_embeddings=True), head=False)
+    assert tied(changed("llava", tie_word_embeddings=True), head=False)
+    assert not tied(changed("llava", tie_word_embeddings=True), head=True)
+    assert not tied(tiny.CONFIGS["llava"], head=False)
+
+
 def test_the_original_releases_config(tmp_path):
     values = flat_config("llava", image_aspect_ratio="pad")
     del values["mm_projector_type"], values["mm_vision_select_feature"]
@@ -152,6 +168,10 @@ def changed(kind, **changes):
         (changed("llava", text_config__attention_bias=True), "attention_bias"),
         (changed("llava", text_config__rope_scaling={"rope_type": "yarn", "factor": 2}), "rope_scaling"),
         (changed("llava", text_config__hidden_size="wide"), "config.json"),
+        (changed("llava", text_config=[1, 2]), "config.json"),
+        (changed("llava_next", image_grid_pinpoints=[3]), "config.json"),
+        (changed("llava", text_config__rope_scaling={"type": "linear", "factor": "two"}), "config.json"),
+        (flat_config("llava", image_grid_pinpoints="[[1,"), "config.json"),
         (changed("llava", vision_config__hidden_act="relu"), "hidden_act"),
         (flat_config("llava", mm_resampler_type="spatial_pool"), "mm_resampler_type"),
         (flat_config("llava", mm_vision_select_feature="cls"), "mm_vision_select_feature"),
@@ -609,6 +629,7 @@ LlavaLlamaForCausalLM.from_pretrained(sys.argv[2]).eval()  # what is allocated o
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
 before = memory("VmRSS")
 model = LlavaLlamaForCausalLM.from_pretrained(sys.argv[1])
+total = sum(float(p.sum()) for p in model.parameters())  # touches every number
 weights = sum(int(np.prod(p.shape)) * 4 for p in model.parameters())
 print(json.dumps([(memory("VmHWM") - before) / weights, weights]))
 """
@@ -648,6 +669,27 @@ def test_peak_memory_is_that_of_the_weights(large, hugging_face, layout):
     peak, weights = json.loads(run.stdout.strip().splitlines()[-1])
     assert weights > 190e6
     assert peak < 1.12, f"{peak:.3f} of the weights"
+
+
+def test_weights_that_stay_in_their_file_can_be_trained_and_saved_over_it(large, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(large / "safetensors", folder)
+    before = load_file(folder / "model.safetensors")
+    model = open_model(folder)
+    other = open_model(folder)
+    for parameter in model.parameters():
+        parameter.set_value(parameter * 2)
+    with paddle.no_grad():
+        model.lm_head.weight[0, 0] = 7.0  # in place, as an optimizer's step
+    on_disk = load_file(folder / "model.safetensors")
+    for name, values in before.items():
+        np.testing.assert_array_equal(on_disk[name], values)
+    model.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    assert saved["lm_head.weight"][0, 0] == 7.0
+    np.testing.assert_array_equal(saved["llama.norm.weight"], before["llama.norm.weight"] * 2)
+    for name, parameter in other.named_parameters():
+        np.testing.assert_array_equal(parameter.numpy(), before[name])
 
 
 # ---- real weights ----

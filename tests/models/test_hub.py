@@ -33,7 +33,7 @@ class Store(BaseHTTPRequestHandler):
         store = self.server.store
         store.requests.append((self.command, self.path))
         parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[:2] == ["api", "models"] and store.lists:
             name = "/".join(parts[2:4])
             folder = store.hugging_face / name
             if not folder.is_dir():
@@ -48,7 +48,8 @@ class Store(BaseHTTPRequestHandler):
         else:
             return self.send(404, b"", {}, body)
         if not path.is_file():
-            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
+            known = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            return self.send(404, b"", known if store.lists else {}, body)
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest()[:40]
         self.send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data))}, body)
@@ -69,6 +70,7 @@ class Stores:
     def __init__(self, root: Path, address: str):
         self.hugging_face, self.paddle, self.address = root / "hugging_face", root / "paddle", address
         self.requests = []
+        self.lists = True
 
     def downloads(self):
         return [path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET" and "/api/" not in path]
@@ -172,6 +174,15 @@ def test_a_repository_without_a_config(stores):
         checkpoint.resolve("llava-hf/empty")
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_mirror_that_hands_out_files_and_lists_none(stores, shards):
+    stores.lists = False
+    write_hugging_face(stores.hugging_face / "llava-hf/tiny", shards=shards)
+    opens("llava-hf/tiny")
+    with pytest.raises(UserError, match="no config.json there"):
+        checkpoint.resolve("llava-hf/none")
+
+
 # ---- PaddleNLP's store ----
 
 
@@ -264,10 +275,12 @@ def test_offline_mode_asks_nobody(stores, monkeypatch):
 # ---- what is no name ----
 
 
-@pytest.mark.parametrize("text", ["./missing", "/no/such/folder", "~/none", "word", "a b/c", "a/b/c/d", "../x/y"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "./missing", "/no/such/folder", "~/none", "word", "a b/c", "a/b/c/d", "../x/y"]
+)
 def test_paths_that_are_not_there(text, monkeypatch):
     monkeypatch.setattr(hub, "_from_hugging_face", lambda name: pytest.fail("asked the hub"))
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="There is no folder|is empty"):
         checkpoint.resolve(text)
 
 

@@ -7,6 +7,7 @@ Loading is strict, streams tensor by tensor, and runs no code of the checkpoint'
 """
 
 import logging
+import mmap
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,11 @@ import paddle
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts, published_configs
 from paddlemix.models.llava.configuration import LlavaConfig
-from paddlemix.models.llava.hub import resolve, resolve_tower
+from paddlemix.models.llava.hub import local_tower, resolve, resolve_tower
 from paddlemix.models.llava.tensor_files import (
     FLOAT_DTYPES,
     WEIGHT_FILES,
+    FileTensor,
     StoredTensor,
     TensorSpec,
     convert,
@@ -96,23 +98,28 @@ def read_config(folder: Union[str, Path]) -> LlavaConfig:
             return read_config(base)
         raise _no_checkpoint(folder)
     raw = read_json(path)
-    kind = published_configs.kind_of(raw, path)
-    if kind == "nested":
-        values = published_configs.read_nested(raw, path, published_configs.pads_pictures(folder))
-    else:
-        values = published_configs.read_flat(raw, path, lambda name: _tower_sizes(name, folder), kind == "text")
-    ends = published_configs.end_tokens(folder)
-    if ends is not None:
-        values["eos_token_id"] = ends
-    values["conversation_template"] = published_configs.conversation_template(raw, folder)
     try:
+        kind = published_configs.kind_of(raw, path)
+        if kind == "nested":
+            pads = published_configs.pads_pictures(folder)
+            values = published_configs.read_nested(raw, path, pads, lambda: _has_head(folder))
+        else:
+            values = published_configs.read_flat(raw, path, lambda name: _tower_sizes(name, folder), kind == "text")
+        ends = published_configs.end_tokens(folder)
+        if ends is not None:
+            values["eos_token_id"] = ends
+        values["conversation_template"] = published_configs.conversation_template(raw, folder)
         return LlavaConfig(**values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise error if str(folder) in str(error) else UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, SyntaxError) as error:
         raise UserError(
             f"{path} holds a value of the wrong kind ({error}); expected the sizes of a LLaVA model."
         ) from error
+
+
+def _has_head(folder: Path) -> bool:
+    return bool(find_weights(folder)) and any(name.endswith("lm_head.weight") for name in open_weights(folder))
 
 
 def _no_checkpoint(folder: Path) -> UserError:
@@ -134,12 +141,10 @@ def _tower_sizes(name: str, folder: Path) -> Dict[str, Any]:
         known, target = layouts.read_name(published)
         if known and target is not None and target.startswith(layouts.TOWER):
             shapes[target] = tuple(tensor.shape)
-    base = name.rstrip("/").split("/")[-1]
     if not shapes or not hint or tuple(shapes.get(layouts.TOWER + "class_embedding", ())) != (hint["hidden_size"],):
-        for place in (folder / "vision_tower", folder / base, folder.parent / base, Path(name).expanduser()):
-            config = place / "config.json"
-            if place != folder and config.is_file():
-                return published_configs.clip_sizes(read_json(config), config)
+        place = local_tower(name, folder)
+        if place is not None:
+            return published_configs.clip_sizes(read_json(place / "config.json"), place / "config.json")
     if shapes:
         return published_configs.infer_clip_sizes(shapes, name, folder, hint)
     if hint:
@@ -310,7 +315,12 @@ def _dtype_of(parameter: paddle.Tensor) -> str:
 
 
 def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Source]) -> None:
-    """Reads, converts and assigns the parameters one after another; a few at a time are under way in threads."""
+    """Reads, converts and assigns the parameters one after another; a few at a time are under way in threads.
+
+    On a CPU a large tensor that lies in its file as the model has it is mapped, not read.
+    """
+    on_cpu = paddle.framework._current_expected_place().is_cpu_place()
+    maps: Dict[Path, mmap.mmap] = {}
 
     def load(name: str) -> np.ndarray:
         parameter, source = parameters[name], sources[name]
@@ -318,20 +328,30 @@ def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Sourc
         fill(values, _dtype_of(parameter), source.tensor, source.transpose)
         return values
 
+    copied = []
+    for name, parameter in parameters.items():
+        source, values = sources[name], None
+        if on_cpu and isinstance(source.tensor, FileTensor) and not source.transpose:
+            if source.tensor.dtype == _dtype_of(parameter):
+                values = source.tensor.map(maps)
+        if values is None:
+            copied.append(name)
+        else:
+            assign(parameter, values)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        names = list(parameters)
-        pending = [pool.submit(load, name) for name in names[: 2 * _WORKERS]]
-        for i, name in enumerate(names):
+        pending = [pool.submit(load, name) for name in copied[: 2 * _WORKERS]]
+        for i, name in enumerate(copied):
             assign(parameters[name], pending.pop(0).result())
-            if i + 2 * _WORKERS < len(names):
-                pending.append(pool.submit(load, names[i + 2 * _WORKERS]))
+            if i + 2 * _WORKERS < len(copied):
+                pending.append(pool.submit(load, copied[i + 2 * _WORKERS]))
 
 
 def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Optional[str] = None) -> None:
     """Fills a model, built under :func:`no_init` or not, from a checkpoint in any layout.
 
     A LoRA folder's base is loaded and the adapter added to it. Peak memory is that of the weights in the model's dtype
-    plus some megabytes.
+    plus some megabytes. On a CPU, large tensors of our own layout stay in the file until they are used
+    (:meth:`FileTensor.map`).
 
     Args:
         model: LlavaLlamaForCausalLM of the folder's config.

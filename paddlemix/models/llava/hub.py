@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Iterable, List, Optional, Union
+from typing import Callable, Iterable, List, Optional, Union
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.tensor_files import WEIGHT_FILES, find_weights, read_json, write_json
@@ -50,6 +50,8 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
         UserError: nothing of that name, or no network; it says which files to put where.
     """
     text = os.fspath(name_or_folder)
+    if not text.strip():
+        raise UserError(f"The model's name is empty; expected a folder, or a name such as {DEFAULT_MODEL}.")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -70,6 +72,16 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
     return _from_paddle(_paddle_names(name)) if name.startswith("paddlemix/") else _from_hugging_face(name)
 
 
+def local_tower(name: str, checkpoint: Path) -> Optional[Path]:
+    """A CLIP tower inside the checkpoint, beside it, or at the path ``name``; None if there is none."""
+    base = name.rstrip("/").split("/")[-1]
+    inside = [checkpoint / "vision_tower", checkpoint / base, checkpoint / name]
+    for place in (*inside, checkpoint.parent / base, Path(name).expanduser()):
+        if place != checkpoint and (place / "config.json").is_file():
+            return place
+    return None
+
+
 def resolve_tower(name: str, checkpoint: Path, paddle_first: bool) -> Path:
     """The folder of the CLIP tower that ``mm_vision_tower`` names.
 
@@ -79,17 +91,10 @@ def resolve_tower(name: str, checkpoint: Path, paddle_first: bool) -> Path:
         checkpoint: the folder whose config.json names the tower.
         paddle_first: ask PaddleNLP's store before the Hugging Face hub (the toolkit's checkpoints).
     """
+    place = local_tower(name, checkpoint)
+    if place is not None:
+        return place
     base = name.rstrip("/").split("/")[-1]
-    places = [
-        checkpoint / "vision_tower",
-        checkpoint / base,
-        checkpoint / name,
-        checkpoint.parent / base,
-        Path(name).expanduser(),
-    ]
-    for place in places:
-        if place != checkpoint and (place / "config.json").is_file():
-            return place
     if Path(name).is_absolute() or name.startswith((".", "~")) or not _NAME.fullmatch(name):
         raise UserError(
             f"mm_vision_tower of {checkpoint} is {name!r} and there is no such folder; put the CLIP tower's config.json and "
@@ -170,9 +175,24 @@ def _fetch_from_paddle(name: str, cache: Path) -> bool:
         path = resolve_file_path(repo_id=name, filenames=file, cache_dir=str(cache), endpoint=endpoint)
         return Path(path) if path else None
 
+    files = _fetch_known(name, "PaddleNLP's model store", fetch)
+    if files:
+        write_json(cache / name / _COMPLETE, {"files": files})
+    return bool(files)
+
+
+def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) -> List[str]:
+    """Fetches a model file by file from a store that can't list what it has.
+
+    Args:
+        fetch: file name -> where it is now, or None if the store hasn't got it.
+
+    Returns:
+        the files; none if there is no config.json, and so no such model.
+    """
     if fetch("config.json") is None:
-        return False
-    logger.info("fetching %s from PaddleNLP's model store into %s", name, cache / name)
+        return []
+    logger.info("fetching %s from %s", name, store)
     files = ["config.json", *(file for file in _SMALL_FILES if file != "config.json" and fetch(file))]
     for file in WEIGHT_FILES:
         path = fetch(file)
@@ -183,13 +203,10 @@ def _fetch_from_paddle(name: str, cache: Path) -> bool:
             shards = sorted(set(read_json(path).get("weight_map", {}).values()))
             missing = [shard for shard in shards if os.path.basename(shard) != shard or fetch(shard) is None]
             if missing:
-                raise UserError(f"PaddleNLP's model store has {name} without its shards {', '.join(missing[:3])}.")
+                raise UserError(f"{store} has {name} without its shards {', '.join(missing[:3])}.")
             files += shards
-        break
-    else:
-        files += [file for file in _LORA_FILES if fetch(file)]
-    write_json(cache / name / _COMPLETE, {"files": files})
-    return True
+        return files
+    return files + [file for file in _LORA_FILES if fetch(file)]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -220,26 +237,36 @@ def _put_there_by_hand(folder: Path) -> bool:
 
 def _from_hugging_face(name: str) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    store = "the Hugging Face hub"
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     cache = _hugging_face_cache()
-    put_here = cache / f"models--{name.replace('/', '--')}"
     if name.count("/") != 1:
-        raise _unreachable(name, "the Hugging Face hub", put_here, "expected org/name")
+        raise _unreachable(name, store, Path.cwd() / name, "expected org/name")
     reason = "HF_HUB_OFFLINE is set"
     if not offline:
         try:
-            published = HfApi(endpoint=endpoint).model_info(name, timeout=_TIMEOUT_SECONDS).siblings or []
+            try:
+                published = HfApi(endpoint=endpoint).model_info(name, timeout=_TIMEOUT_SECONDS).siblings or []
+            except RepositoryNotFoundError:
+                raise
+            except HfHubHTTPError:  # a mirror that hands out files and lists none
+                return _from_mirror(name, store, endpoint, cache)
             files = _needed([sibling.rfilename for sibling in published])
             if "config.json" not in files:
-                raise _unreachable(name, "the Hugging Face hub", put_here, "it has no config.json there")
-            logger.info("fetching %s from the Hugging Face hub into %s", name, cache)
+                raise _unreachable(name, store, Path.cwd() / name, "it has no config.json there")
+            logger.info("fetching %s from %s into %s", name, store, cache)
             return Path(snapshot_download(name, cache_dir=cache, endpoint=endpoint, allow_patterns=files))
+        except UserError:
+            raise
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
             reason = _reason(error)
     try:
         folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
@@ -247,7 +274,32 @@ def _from_hugging_face(name: str) -> Path:
             return folder
     except (LocalEntryNotFoundError, HFValidationError, OSError, UserError) as error:
         logger.debug("no whole copy of %s in %s: %s", name, cache, error)
-    raise _unreachable(name, "the Hugging Face hub", Path.cwd() / name, reason)
+    raise _unreachable(name, store, Path.cwd() / name, reason)
+
+
+def _from_mirror(name: str, store: str, endpoint: str, cache: Path) -> Path:
+    """Fetches from an endpoint that answers for files alone."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(file: str) -> Optional[Path]:
+        try:
+            return Path(hf_hub_download(name, file, cache_dir=cache, endpoint=endpoint, etag_timeout=_TIMEOUT_SECONDS))
+        except LocalEntryNotFoundError as error:
+            response = getattr(error.__cause__, "response", None)
+            if getattr(response, "status_code", None) == 404:
+                return None
+            raise
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 404:
+                return None
+            raise
+
+    if not _fetch_known(name, store, fetch):
+        raise _unreachable(name, store, Path.cwd() / name, "it has no config.json there")
+    return Path(fetch("config.json")).parent  # type: ignore[arg-type]
 
 
 def _hugging_face_cache() -> Path:

@@ -209,11 +209,12 @@ def _our_mm_defaults() -> Dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
-def read_nested(raw: Mapping[str, Any], path: Path, pads: bool) -> Dict[str, Any]:
+def read_nested(raw: Mapping[str, Any], path: Path, pads: bool, has_head: Callable[[], bool]) -> Dict[str, Any]:
     """Arguments of LlavaConfig from Hugging Face's ``llava`` or ``llava_next``.
 
     Args:
         pads: whether the image processor beside it pads pictures to squares.
+        has_head: whether the weights have an lm_head; asked where the config doesn't settle it.
     """
     text = dict(raw.get("text_config") or {})
     text_type = text.get("model_type", "llama")
@@ -221,9 +222,10 @@ def read_nested(raw: Mapping[str, Any], path: Path, pads: bool) -> Dict[str, Any
         raise UserError(f"{path} has a decoder of model_type {text_type!r}; expected {' or '.join(_TEXT_TYPES)}.")
     mistral = text_type == "mistral"
     values = _decoder(text, path, mistral, _MISTRAL_DEFAULTS if mistral else _DECODER_DEFAULTS)
-    for key in ("pad_token_id", "tie_word_embeddings"):
-        if raw.get(key) is not None and key not in text:
-            values[key] = raw[key]
+    if raw.get("pad_token_id") is not None and "pad_token_id" not in text:
+        values["pad_token_id"] = raw["pad_token_id"]
+    if raw.get("tie_word_embeddings") and "tie_word_embeddings" not in text:
+        values["tie_word_embeddings"] = not has_head()  # transformers has read this key in more than one way
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if isinstance(dtype, str):
         values["dtype"] = dtype.replace("torch.", "")

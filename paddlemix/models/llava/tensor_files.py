@@ -6,6 +6,7 @@ size passes through a few megabytes of memory. Pickles are opened by ``unpicklin
 
 import json
 import math
+import mmap
 import os
 import struct
 import sys
@@ -69,6 +70,10 @@ FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _CHUNK_BYTES = 2 << 20  # one piece of a tensor while it is converted
 _TILE_ROWS = 64  # rows that are transposed together: 64 float32 fill four cache lines, measured twice as fast as all rows at once
+_MAP_BYTES = (
+    1 << 20
+)  # tensors from this size on, in files from the next on, are mapped where they can be used as they lie
+_MAP_FILE_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own bound
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -150,6 +155,34 @@ class FileTensor(StoredTensor):
                         f"{self.path} ends in the middle of a tensor; the file is cut short, fetch it again."
                     )
                 done += count
+
+    def map(self, maps: Dict[Path, mmap.mmap]) -> Optional[np.ndarray]:
+        """The tensor as a private, writable map of the file: no bytes are read before they are used.
+
+        Writing to it copies the page and leaves the file alone. The file must not be overwritten in place meanwhile; all
+        that this package writes is renamed into place.
+
+        Args:
+            maps: path -> map, kept by the caller so that tensors of one file share it.
+
+        Returns:
+            None where a copy does as well or better: small tensors or files, unaligned ones, systems without such maps.
+        """
+        kind = numpy_dtype(self.dtype)
+        if os.name != "posix" or self.spec.nbytes < _MAP_BYTES or self.offset % kind.itemsize:
+            return None
+        if self.path not in maps:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < _MAP_FILE_BYTES:
+                    return None
+                maps[self.path] = mmap.mmap(
+                    file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+            if hasattr(mmap, "MADV_WILLNEED"):
+                maps[self.path].madvise(mmap.MADV_WILLNEED)
+        if self.offset + self.spec.nbytes > len(maps[self.path]):
+            raise UserError(f"{self.path} ends in the middle of a tensor; the file is cut short, fetch it again.")
+        return np.frombuffer(maps[self.path], kind, self.size, self.offset).reshape(self.shape)
 
 
 @dataclass(frozen=True)
