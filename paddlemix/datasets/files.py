@@ -6,6 +6,7 @@ is asked for, so a file of a million rows costs 24 bytes per row in memory, in t
 
 import difflib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Problem(NamedTuple):
-    """What is wrong, and where: ``where`` is ``file:line``, with the row's number in a JSON array."""
+    """What is wrong, and where: ``file:line``, with the row's number in a JSON array; "" if the message says it."""
 
     where: str
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.where}: {self.message}" if self.where else self.message
 
 
 class RowFile:
@@ -80,21 +81,24 @@ class RowFile:
         Raises:
             UserError: it isn't JSON, named with file and line.
         """
+        try:
+            return self.read(index)
+        except UserError as error:
+            raise UserError(f"{self.where(index)}: {error}") from None
+
+    def read(self, index: int) -> Any:
+        """Row ``index``; the error of a bad one doesn't name file and line."""
         with open(self.path, "rb") as file:
             file.seek(self._starts[index])
             data = file.read(self._ends[index] - self._starts[index])
         try:
             return json.loads(data.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.where(index)}: the row isn't UTF-8 ({error.reason}); save the file as UTF-8."
-            ) from None
+            raise UserError(f"the row isn't UTF-8 ({error.reason}); save the file as UTF-8.") from None
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self.where(index)}: not valid JSON: {_lower(error.msg)} at column {error.pos + 1}."
-            ) from None
+            raise UserError(f"not valid JSON: {_lower(error.msg)} at column {error.pos + 1}.") from None
         except RecursionError:
-            raise UserError(f"{self.where(index)}: not valid JSON: lists or objects nested too deep.") from None
+            raise UserError("not valid JSON: lists or objects nested too deep.") from None
 
     def where(self, index: int) -> str:
         """``file:line`` of a row; in a JSON array also its number, from 1, since several rows may share a line."""
@@ -202,13 +206,16 @@ class DatasetEntry:
     image_folder: Optional[Path] = None
 
 
-def parse_dataset_key(value: Any, config_folder: Union[str, Path, None] = None) -> Dict[str, List[DatasetEntry]]:
+def parse_dataset_key(
+    value: Any, config_folder: Union[str, Path, None] = None, problems: Optional[List[Problem]] = None
+) -> Dict[str, List[DatasetEntry]]:
     """The ``dataset`` key of the configuration, checked: ``{"train": [entries], "eval": [entries]}``.
 
     Args:
         value: ``{"train": [{"name": "chatml_dataset", "data_files": "train.json", …}, …], "eval": […]}``;
             ``data_files`` may be a list, and a split may be one entry instead of a list.
         config_folder: paths are looked for in the working directory, then in this folder.
+        problems: what is wrong is put here, and the entry left out, instead of an error.
 
     Raises:
         UserError: a key, name or type that isn't known (the nearest valid one is named), or a path that isn't there.
@@ -225,7 +232,14 @@ def parse_dataset_key(value: Any, config_folder: Union[str, Path, None] = None) 
         listed = [listed] if isinstance(listed, dict) else listed
         if not isinstance(listed, list):
             raise UserError(f"dataset.{split} is {listed!r}; expected a list of entries with data_files.")
-        entries[split] = [_parse_entry(f"dataset.{split}[{i}]", entry, folders) for i, entry in enumerate(listed)]
+        entries[split] = []
+        for number, entry in enumerate(listed):
+            try:
+                entries[split].append(_parse_entry(f"dataset.{split}[{number}]", entry, folders))
+            except UserError as error:
+                if problems is None:
+                    raise
+                problems.append(Problem("", str(error)))
     return entries
 
 
@@ -245,24 +259,29 @@ def _parse_entry(place: str, entry: Any, folders: Sequence[Path]) -> DatasetEntr
             f"{place}.data_files is {entry.get('data_files')!r}; expected the path of a file, or a list of them."
         )
 
-    def located(key: str, path: Any) -> Path:
-        if not isinstance(path, str) or not path:
-            raise UserError(f"{place}.{key} is {path!r}; expected a path.")
-        found = [folder / path for folder in folders if (folder / path).exists()]
-        if not found:
-            tried = " and ".join(dict.fromkeys(str((folder / path).absolute()) for folder in folders))
-            raise UserError(f"{place}.{key} names {path!r}, which doesn't exist (looked at {tried}).")
-        return found[0]
+    def located(key: str, paths: List[Any]) -> List[Path]:
+        found, missing = [], []
+        for path in paths:
+            if not isinstance(path, str) or not path:
+                raise UserError(f"{place}.{key} is {path!r}; expected a path.")
+            places = [folder / path for folder in folders]
+            existing = [candidate for candidate in places if os.path.exists(candidate)]
+            found += existing[:1]
+            missing += [] if existing else [" and ".join(dict.fromkeys(str(p.absolute()) for p in places))]
+        if missing:
+            exist = "don't exist" if len(missing) > 1 else "doesn't exist"
+            raise UserError(f"{place}.{key} names what {exist}: looked for {'; for '.join(missing)}.")
+        return found
 
     folder = entry.get("image_folder")
-    folder = located("image_folder", folder) if folder is not None else None
+    folder = located("image_folder", [folder])[0] if folder is not None else None
     if folder is not None and not folder.is_dir():
         raise UserError(f"{place}.image_folder names {folder}, which isn't a folder.")
     template = entry.get("chat_template")
     return DatasetEntry(
-        data_files=tuple(located("data_files", file) for file in files),
+        data_files=tuple(located("data_files", files)),
         name=name,
-        chat_template=located("chat_template", template) if template is not None else None,
+        chat_template=located("chat_template", [template])[0] if template is not None else None,
         image_folder=folder,
     )
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 from paddle.io import Dataset
 
+from paddlemix.datasets.samplers import Unlabelled
 from paddlemix.errors import UserError
 from paddlemix.models.llava.constants import IGNORE_INDEX
 
@@ -169,7 +170,8 @@ class PackedDataset(Dataset):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        return join_samples([self.dataset[i] for i in self.packs[index]])
+        kind = type(index) if isinstance(index, Unlabelled) else int
+        return join_samples([self.dataset[kind(i)] for i in self.packs[index]])
 
     @property
     def fill(self) -> float:

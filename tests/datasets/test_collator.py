@@ -1,10 +1,10 @@
 """Batches of mixed samples: right padding, pictures in the order of the placeholders."""
 
 import numpy as np
-from paddle.io import DataLoader
 
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.packing import join_samples
+from tests.datasets.tiny import loader
 
 
 def sample(ids, tiles=(), label=None):
@@ -59,7 +59,6 @@ def test_padding_to_a_multiple():
 
 def test_the_data_loader_makes_tensors_here_and_in_workers():
     for workers in (0, 1):
-        loader = DataLoader(MIXED, batch_size=4, collate_fn=LlavaCollator(), num_workers=workers, return_list=True)
-        (batch,) = list(loader)
+        (batch,) = loader(MIXED, batch_size=4, collate_fn=LlavaCollator(), num_workers=workers)
         assert batch["image_sizes"].shape == [3, 2]
         assert batch["pixel_values"][:, 0, 0, 0].tolist() == [8] + [3] * 8

@@ -178,13 +178,22 @@ def test_paths_are_also_looked_for_beside_the_configuration(folder):
         ({"train": [{"name": "coco_caption", "data_files": "train.json"}]}, "expected 'chatml_dataset'"),
         ({"train": [{"name": "chatml_dataset"}]}, "data_files is None; expected the path"),
         ({"train": [{"data_files": []}]}, r"data_files is \[\]; expected the path"),
-        ({"train": [{"data_files": "nope.json"}]}, "data_files names 'nope.json', which doesn't exist"),
-        ({"train": [{"data_files": "train.json", "image_folder": "nope"}]}, "image_folder names 'nope'"),
+        ({"train": [{"data_files": "nope.json"}]}, r"data_files names what doesn't exist: looked for .*nope\.json\."),
+        ({"train": [{"data_files": ["a.json", "train.json", "b.json"]}]}, r"don't exist: .*a\.json; for .*b\.json\.$"),
+        ({"train": [{"data_files": "train.json", "image_folder": "nope"}]}, "image_folder names what doesn't"),
         ({"train": [{"data_files": "train.json", "image_folder": "val.json"}]}, "which isn't a folder"),
-        ({"train": [{"data_files": "train.json", "chat_template": "no.json"}]}, "chat_template names 'no.json'"),
+        ({"train": [{"data_files": "train.json", "chat_template": "no.json"}]}, "chat_template names what doesn't"),
     ],
 )
 def test_a_wrong_dataset_key_is_one_sentence(folder, key, message):
     with pytest.raises(UserError, match=message) as raised:
         parse_dataset_key(key)
     assert "\n" not in str(raised.value)
+
+
+def test_every_wrong_entry_can_be_collected(folder):
+    problems = []
+    key = {"train": [{"data_files": "no.json"}, {"data_files": "train.json"}], "eval": [{"name": "x"}]}
+    entries = parse_dataset_key(key, problems=problems)
+    assert len(entries["train"]) == 1 and entries["eval"] == []
+    assert ["dataset.train[0].data_files" in str(problems[0]), "dataset.eval[0].name" in str(problems[1])] == [True] * 2

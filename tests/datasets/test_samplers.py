@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from paddle.io import DataLoader, Dataset
+from paddle.io import Dataset
 
 from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSampler, Unlabelled
+from tests.datasets.tiny import loader
 
 SPLITS = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 4, 1), (2, 2, 2), (4, 1, 2)]  # ranks, batch, accumulation
 
@@ -98,8 +99,7 @@ def test_the_data_loader_takes_it():
     for workers in (0, 1):
         sampler = GlobalBatchSampler(Numbers(), 1, accumulation_steps=3)
         rows = [
-            batch["n"].numpy()[0].tolist()
-            for batch in DataLoader(Numbers(), batch_sampler=sampler, num_workers=workers)
+            batch["n"].numpy()[0].tolist() for batch in loader(Numbers(), batch_sampler=sampler, num_workers=workers)
         ]
         assert sorted(n for n, unlabelled in rows if not unlabelled) == list(range(5))
         assert sum(unlabelled for _, unlabelled in rows) == 1 and len(rows) == 6
