@@ -34,12 +34,16 @@ QUESTIONS = (
 
 def text_rows(model, processor, max_new_tokens: int = 48) -> List[Dict[str, Any]]:
     """One row per question; an answer that the limit cuts ends with its last whole sentence."""
+    template = processor.template
+    prompts = [
+        template.render([{"role": "user", "content": question}], add_generation_prompt=True) for question in QUESTIONS
+    ]
+    ids, _ = model.generate(**processor(text=prompts), max_new_tokens=max_new_tokens)
+    ends = set(processor.config.eos_token_ids)
     rows = []
-    for question in QUESTIONS:
-        prompt = processor.template.render([{"role": "user", "content": question}], add_generation_prompt=True)
-        ids, _ = model.generate(**processor(text=prompt), max_new_tokens=max_new_tokens)
-        answer = processor.decode(ids[0].tolist()).strip()
-        if ids.shape[1] == max_new_tokens and "." in answer:
+    for question, answer_ids in zip(QUESTIONS, ids.tolist()):
+        answer = processor.decode(answer_ids).strip()
+        if not ends & set(answer_ids) and "." in answer:
             answer = answer[: answer.rindex(".") + 1]
         rows.append({"conversations": [[question, answer]]})
     return rows

@@ -139,6 +139,45 @@ def batch_of_step(step: int, size: int, easy: EasyVQAPictures, seed: int):
     return collate(samples)
 
 
+def grid_positions(width: int) -> np.ndarray:
+    """[P, width]: sines and cosines of a patch's row and column, from half a wave over the grid to half a wave per patch.
+
+    Neighbours are alike, so that attention knows from the first step what is near.
+    """
+    place = np.arange(GRID) + 0.5
+    waves = np.geomspace(np.pi / GRID, np.pi / 2, width // 4)
+    angles = place[:, None] * waves
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [GRID, width / 2]
+    rows, columns = np.divmod(np.arange(GRID * GRID), GRID)
+    return np.concatenate([line[rows], line[columns]], axis=1).astype(np.float32)
+
+
+def initialize(model, vision: Dict) -> None:
+    """The spread of CLIP's own start (github.com/openai/CLIP, initialize_parameters), but for two things that make a tower
+    learn from few pictures: positions start as waves, and keys as queries, so that a patch attends to what is like it
+    (Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers").
+    """
+    import paddle
+    from paddle import nn
+
+    width, depth = vision["hidden_size"], vision["num_hidden_layers"]
+    spread = {
+        "q_proj": width**-0.5,
+        "v_proj": width**-0.5,
+        "out_proj": width**-0.5 * (2 * depth) ** -0.5,
+        "linear1": (2 * width) ** -0.5,
+        "linear2": width**-0.5 * (2 * depth) ** -0.5,
+    }
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, nn.Linear):
+            nn.initializer.Normal(std=spread.get(name.split(".")[-1], 0.02))(layer.weight)
+    for name, layer in model.named_sublayers():
+        if name.endswith("self_attn"):
+            layer.k_proj.weight.set_value(layer.q_proj.weight.clone())
+    embedding = model.tower.vision_tower.vision_model.positional_embedding.weight
+    embedding.set_value(paddle.to_tensor(np.concatenate([np.zeros((1, width), np.float32), grid_positions(width)])))
+
+
 def build(vision: Dict):
     """The tower and its heads, which are only for this stage."""
     from paddle import nn
@@ -156,11 +195,7 @@ def build(vision: Dict):
             self.size = nn.Linear(width, len(SIZES))
             self.side = nn.LayerList([nn.Linear(width, 1 + 20) for _ in range(4)])
             self.cover = nn.Linear(width, NOTHING_COLOR + NOTHING_SHAPE + 2)
-            # The released CLIP starts small as well; Paddle's own defaults let the first steps overshoot.
-            small = nn.initializer.Normal(std=0.02)
-            for name, parameter in self.named_parameters():
-                if parameter.ndim > 1 and "conv1" not in name:
-                    small(parameter)
+            initialize(self, vision)
 
         def forward(self, pixel_values):
             import paddle
@@ -184,7 +219,7 @@ def build(vision: Dict):
     return TowerWithHeads()
 
 
-NOTHING_WEIGHT = 0.1
+NOTHING_WEIGHT = 0.3
 LOSS_WEIGHTS = {"color": 1, "size": 0.3, "shape": 1, "digits": 1, "cover_color": 0.5, "cover_shape": 0.5}
 
 
