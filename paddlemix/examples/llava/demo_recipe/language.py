@@ -6,9 +6,7 @@ __all__ = ["text_rows"]
 
 QUESTIONS = (
     "What is the capital of France?",
-    "What is the capital of Italy?",
     "What is the capital of Japan?",
-    "Who wrote Romeo and Juliet?",
     "What is water made of?",
     "Why is the sky blue?",
     "What is photosynthesis?",
