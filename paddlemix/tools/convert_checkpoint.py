@@ -19,11 +19,11 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
 
 logger = logging.getLogger("paddlemix.convert")
 
-LAYOUTS = ("toolkit", "original", "huggingface")
 DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 

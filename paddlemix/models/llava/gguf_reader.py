@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Union
 import numpy as np
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.published_configs import chatml_template
 from paddlemix.models.llava.tensor_files import TensorSpec, write_aside, write_json, write_safetensors
 
 __all__ = ["convert_gguf"]
@@ -35,8 +36,6 @@ _TENSORS = {
 _PRE_TOKENIZERS = ("smollm", "gpt-2")
 
 _CONTROL_TOKEN, _USER_TOKEN = 3, 4  # token types of GGUF
-
-_SMOLLM2_TURN = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>"
 
 
 def convert_gguf(gguf_path: Union[str, Path], output_folder: Union[str, Path]) -> None:
@@ -112,12 +111,8 @@ def _config(values: Dict[str, Any], path: Path) -> Dict[str, Any]:
         raise UserError(f"{path} scales its rotary positions by {scaling!r}; expected none or 'linear'.")
     if int(values.get("llama.rope.dimension_count", config["head_dim"])) != config["head_dim"]:
         raise UserError(f"{path} rotates a part of each head only; expected all {config['head_dim']} of its numbers.")
-    tokens = values["tokenizer.ggml.tokens"]
-    chat_template = values.get("tokenizer.chat_template", "")
-    if "<|im_start|>" in tokens and json.dumps(_SMOLLM2_TURN)[1:-1] in json.dumps(chat_template):
-        config["conversation_template"] = "smollm2"
-    elif "<|im_start|>" in tokens:
-        config["conversation_template"] = "chatml_direct"
+    if "<|im_start|>" in values["tokenizer.ggml.tokens"]:
+        config["conversation_template"] = chatml_template(values.get("tokenizer.chat_template", ""))
     return config
 
 

@@ -12,9 +12,20 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from paddlemix.errors import UserError
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.layouts import TOWER
-from paddlemix.models.llava.tensor_files import StoredTensor, read_json
+from paddlemix.models.llava.tensor_files import read_json
 
-__all__ = ["clip_sizes", "infer_clip_sizes", "kind_of", "read_flat", "read_nested"]
+__all__ = [
+    "KNOWN_TOWERS",
+    "chatml_template",
+    "clip_sizes",
+    "conversation_template",
+    "infer_clip_sizes",
+    "kind_of",
+    "read_flat",
+    "read_nested",
+    "write_flat",
+    "write_nested",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -365,12 +376,19 @@ def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"):
         path = folder / name
         if path.is_file() and '"<|im_start|>"' in path.read_text(encoding="utf-8", errors="replace"):
-            return "chatml_direct"
+            return chatml_template(_chat_template(folder))
     return "vicuna_v1"
 
 
-def shapes_of(tensors: Mapping[str, StoredTensor]) -> Dict[str, Tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def chatml_template(chat_template: str) -> str:
+    """Which of the two templates with <|im_start|>: SmolLM2's begins with a system message of its own."""
+    return "smollm2" if "named SmolLM, trained by Hugging Face" in chat_template else "chatml_direct"
+
+
+def _chat_template(folder: Path) -> str:
+    path = folder / "tokenizer_config.json"
+    value = read_json(path).get("chat_template") if path.is_file() else None
+    return value if isinstance(value, str) else ""
 
 
 def files_of(folder: Path) -> List[str]:
@@ -385,7 +403,7 @@ def write_flat(config: LlavaConfig, dtype: str) -> Dict[str, Any]:
     """config.json of the original release; the sizes of the tower and the template stand in it beside the release's keys."""
     values = _written_decoder(config, dtype)
     if config.vision is None:
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **values}
+        return _plain_llama(config, values)
     return {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -417,7 +435,7 @@ def write_nested(config: LlavaConfig, dtype: str, image_token: int, pad_token: i
     """
     text = _written_decoder(config, dtype)
     if config.vision is None:
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **text}
+        return _plain_llama(config, text)
     for key, allowed in (
         ("mm_projector_type", ("mlp2x_gelu",)),
         ("mm_patch_merge_type", ("spatial_unpad",) if config.image_aspect_ratio == "anyres" else ("flat",)),
@@ -449,6 +467,13 @@ def write_nested(config: LlavaConfig, dtype: str, image_token: int, pad_token: i
     else:
         values["image_seq_length"] = config.vision.num_patches + (config.mm_vision_select_feature == "cls_patch")
     return values
+
+
+def _plain_llama(config: LlavaConfig, decoder: Dict[str, Any]) -> Dict[str, Any]:
+    template = {
+        "conversation_template": config.conversation_template
+    }  # transformers passes over keys that it doesn't know
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **decoder, **template}
 
 
 def _written_decoder(config: LlavaConfig, dtype: str) -> Dict[str, Any]:
