@@ -1,0 +1,342 @@
+"""Dry run of a dataset, before any training:
+
+    python paddlemix/tools/check_dataset.py CONFIG.json [--show N] [--num_workers N] [--max_listed N] [--key value …]
+
+CONFIG.json is the configuration of ``supervised_finetune.py``, and ``--key value`` overrides a key as it does there.
+Every row is read and every picture decoded, on all cores. The report counts rows by format, pictures, tokens, and what
+is cut or left out at ``max_length``, with the lengths' distribution; each row that can't be used is named by file and
+line. Of the model only config and tokenizer are opened.
+
+The exit status is 0 if training on the data would be sound: all rows can be used, and some have tokens to learn.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, TextIO, Tuple
+
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddlemix.errors import UserError
+
+logger = logging.getLogger("paddlemix.check_dataset")
+
+BINS = 10  # rows of a histogram
+BAR = 40  # characters of its longest bar
+HEADINGS = {
+    "row": "rows that can't be read",
+    "image_count": "rows whose <image> and pictures differ in number",
+    "picture": "pictures that are missing or corrupt",
+}
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+
+
+class SplitReport(NamedTuple):
+    """What was found in one split; indices are rows of its table."""
+
+    name: str
+    table: Any
+    formats: Counter
+    text_tokens: List[int]
+    image_tokens: List[int]
+    lengths: List[int]
+    supervised: int
+    pictures: int
+    cut: List[int]
+    dropped: List[int]
+    unanswered: List[int]
+    problems: Dict[str, List[str]]
+
+    @property
+    def samples(self) -> int:
+        return len(self.lengths)
+
+
+def examine_split(name: str, table: Any, num_workers: Optional[int]) -> SplitReport:
+    """Examines all rows of a split, pictures included, with a progress bar on standard error."""
+    from tqdm import tqdm
+
+    from paddlemix.datasets.parallel import map_rows
+    from paddlemix.datasets.supervised import PROBLEM_KINDS
+
+    found = SplitReport(
+        name, table, Counter(), [], [], [], 0, 0, [], [], [], {kind: [] for kind in ("file", *PROBLEM_KINDS)}
+    )
+    found.problems["file"] += map(str, table.problems)
+    supervised = pictures = 0
+    reports = map_rows(_OpenPictures(table), len(table), num_workers)
+    for index, report in enumerate(tqdm(reports, name, len(table), unit="row")):
+        found.formats[report.format or "none"] += 1
+        for kind, message in report.problems:
+            found.problems[kind].append(f"{table.where(index)}: {message}")
+        if report.problems:
+            continue
+        found.text_tokens.append(report.text_tokens)
+        found.image_tokens.append(report.image_tokens)
+        if report.supervised:
+            found.lengths.append(report.length if report.pictures else -report.length)
+            supervised += report.supervised
+            pictures += report.pictures
+            found.cut.extend([index] if report.cut else [])
+        else:
+            (found.dropped if report.cut else found.unanswered).append(index)
+    return found._replace(supervised=supervised, pictures=pictures)
+
+
+class _OpenPictures:
+    """``table.examine`` with every picture decoded; a class, for a worker that isn't forked gets it pickled."""
+
+    def __init__(self, table: Any):
+        self.table = table
+
+    def __call__(self, index: int) -> Any:
+        return self.table.examine(index, open_pictures=True)
+
+
+def describe(found: SplitReport, max_length: int, mixtoken: bool, max_listed: int) -> Iterator[str]:
+    """The lines of the report on a split."""
+    files = ", ".join(str(file.path) for file in found.table.files) or "no file"
+    yield f"{found.name}: {len(found.table)} rows in {files}"
+    formats = ", ".join(f"{kind} {count}" for kind, count in sorted(found.formats.items()))
+    yield f"  formats       {formats or 'none'}"
+    rows = sum(tokens > 0 for tokens in found.image_tokens)
+    yield f"  pictures      {found.pictures} in the samples; {rows} rows with, {len(found.image_tokens) - rows} without"
+    left_out = len(found.dropped) + len(found.unanswered)
+    yield (
+        f"  samples       {found.samples}, of which {len(found.cut)} cut at max_length {max_length}; {left_out} rows left "
+        f"out, of which {len(found.dropped)} too long and {len(found.unanswered)} without an answer"
+    )
+    total = sum(map(abs, found.lengths))
+    share = f" ({100 * found.supervised / total:.1f}% of the samples' {total})" if total else ""
+    yield f"  tokens        text {sum(found.text_tokens)}, pictures {sum(found.image_tokens)}, to learn {found.supervised}{share}"
+    if mixtoken and found.lengths:
+        from paddlemix.datasets.packing import pack_lengths
+
+        packs = pack_lengths([abs(length) for length in found.lengths], max_length)
+        yield f"  mixtoken      {len(packs)} sequences, {100 * total / (len(packs) * max_length):.1f}% full"
+    for title, values in (("text tokens", found.text_tokens), ("picture tokens", found.image_tokens)):
+        yield from histogram(f"{title} of a row", values)
+    both = [text + image for text, image in zip(found.text_tokens, found.image_tokens)]
+    yield from histogram(f"all tokens of a row, before the cut at {max_length}", both)
+    for title, rows in (
+        ("cut after a whole round", found.cut),
+        ("left out: the first round is too long", found.dropped),
+        ("left out: no answer to learn", found.unanswered),
+    ):
+        yield from listing(title, map(found.table.where, rows[:max_listed]), len(rows))
+    for kind, problems in found.problems.items():
+        yield from listing(HEADINGS.get(kind, "files that can't be read"), problems[:max_listed], len(problems))
+
+
+def listing(title: str, lines: Any, count: int) -> Iterator[str]:
+    """A heading with the number of lines, and the lines; says how many were kept back."""
+    if not count:
+        return
+    yield f"  {title}: {count}"
+    shown = 0
+    for line in lines:
+        shown += 1
+        yield f"    {line}"
+    if shown < count:
+        yield f"    … and {count - shown} more (--max_listed {count} lists all)"
+
+
+def histogram(title: str, values: Sequence[int]) -> Iterator[str]:
+    """Counts in bins of equal, round width, with a bar each.
+
+    >>> [line.split() for line in histogram("tokens", [1, 2, 2, 4])][:2]
+    [['tokens:', 'least', '1,', 'median', '2,', 'most', '4'], ['1', '████████████████████', '1']]
+    """
+    if not values:
+        return
+    ordered = sorted(values)
+    yield f"  {title}: least {ordered[0]}, median {ordered[len(ordered) // 2]}, most {ordered[-1]}"
+    span = ordered[-1] - ordered[0] + 1
+    width = next(w for w in _round_numbers() if -(-span // w) <= BINS)
+    first = ordered[0] - ordered[0] % width
+    counts = Counter((value - first) // width for value in ordered)
+    for bin_number in range((ordered[-1] - first) // width + 1):
+        low = first + bin_number * width
+        label = f"{low}" if width == 1 else f"{low}–{low + width - 1}"
+        count = counts[bin_number]
+        bar = "█" * -(-count * BAR // max(counts.values()))
+        yield f"    {label:>10}  {bar} {count}"
+
+
+def _round_numbers() -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50, …"""
+    power = 1
+    while True:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
+
+
+def show(found: SplitReport, count: int, tokenizer: Any, colour: bool) -> Iterator[str]:
+    """The first ``count`` samples as the model reads them; what is learned is green, or in ⟦ ⟧ without colours."""
+    opening, closing = (GREEN, RESET) if colour else ("⟦", "⟧")
+    shown = 0
+    for index in range(len(found.table)):
+        if shown == count:
+            return
+        report = found.table.examine(index)
+        if report.problems or not report.supervised:
+            continue
+        shown += 1
+        sample = found.table.sample(index)
+        yield (
+            f"{found.name}, {found.table.where(index)}: {report.length} tokens, {report.supervised} to learn, "
+            f"{report.pictures} picture(s)"
+        )
+        text = ""
+        for learned, run in _runs(sample["input_ids"], sample["labels"]):
+            words = _words(run, tokenizer)
+            text += opening + words + closing if learned else words
+        yield text
+        yield ""
+
+
+def _runs(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[Tuple[bool, List[int]]]:
+    """Stretches of tokens that are learned or not."""
+    from paddlemix.models.llava.constants import IGNORE_INDEX
+
+    run: List[int] = []
+    learned = False
+    for token, label in zip(input_ids, labels):
+        if run and (label != IGNORE_INDEX) != learned:
+            yield learned, run
+            run = []
+        learned = label != IGNORE_INDEX
+        run.append(token)
+    if run:
+        yield learned, run
+
+
+def _words(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of ids; a picture is ``<image>`` with the number of its tokens."""
+    from paddlemix.models.llava.constants import IMAGE_TOKEN_INDEX
+
+    text, data, places = "", b"", 0
+    for token in [*ids, None]:
+        if places and token != IMAGE_TOKEN_INDEX:
+            text, places = text + f"<image>×{places}", 0
+        if token == IMAGE_TOKEN_INDEX:
+            text, data, places = text + data.decode("utf-8", "replace"), b"", places + 1
+        elif token is not None:
+            data += tokenizer.token_bytes(token)
+    return text + data.decode("utf-8", "replace")
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """On a terminal, unless NO_COLOR is set (no-color.org) or the terminal is a dumb one."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Dict[str, Any]]:
+    """This tool's own flags, and the settings of the training."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < 0:
+            raise ValueError(text)
+        return value
+
+    parser = argparse.ArgumentParser(
+        prog="check_dataset.py",
+        usage="%(prog)s CONFIG.json [--show N] [--num_workers N] [--max_listed N] [--key value ...]",
+        description="Reads all rows and pictures of a fine-tuning configuration and says whether training is sound.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--show", type=number, default=0, help="print the first N samples, what is learned in colour")
+    parser.add_argument("--num_workers", type=number, default=None, help="processes that read rows [one per core]")
+    parser.add_argument("--max_listed", type=number, default=1000, help="lines of each list at most [1000]")
+    flags, rest = parser.parse_known_args(argv)
+    if not rest or rest[0].startswith("--"):
+        parser.error("the configuration file comes first")
+
+    from paddlemix.trainer.arguments import read_settings
+
+    flags.config = Path(rest[0])
+    return flags, read_settings(rest)
+
+
+def needed_splits(settings: Dict[str, Any]) -> List[str]:
+    """The splits that the run reads, by the training arguments' own defaults."""
+    predicts = settings.get("do_predict", False)
+    trains = settings.get("do_train", not (settings.get("do_eval") or predicts))
+    evaluates = settings.get("do_eval", trains and settings.get("evaluation_strategy", "no") != "no")
+    return (["train"] if trains else []) + (["eval"] if evaluates or predicts else [])
+
+
+def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
+    """Prints the report; whether training would be sound."""
+    from paddlemix.datasets.files import Problem, parse_dataset_key
+    from paddlemix.datasets.supervised import RowTable
+    from paddlemix.models.llava.conversation import get_template
+    from paddlemix.models.llava.hub import resolve
+    from paddlemix.processors.llava import LlavaProcessor
+    from paddlemix.processors.tokenizer import load_tokenizer
+
+    processor = LlavaProcessor.from_pretrained(
+        settings["model_name_or_path"], image_aspect_ratio=settings.get("image_aspect_ratio")
+    )
+    if settings.get("text_model_name_or_path"):
+        processor.tokenizer = load_tokenizer(resolve(settings["text_model_name_or_path"]))
+    template = settings.get("version")
+    if template is not None:
+        get_template(template)
+    max_length = settings.get("max_length", 2048)
+    wrong: List[Problem] = []
+    entries = parse_dataset_key(settings["dataset"], flags.config.parent, wrong)
+
+    sound = True
+    for problem in wrong:
+        print(f"problem: {problem}")
+        sound = False
+    positions = processor.config.max_position_embeddings
+    if max_length > positions:
+        print(f"note: max_length {max_length} is more than the {positions} positions that the model was made for.")
+    needed = needed_splits(settings)
+    for name in ("train", "eval"):
+        if not entries[name]:
+            if name in needed and not wrong:
+                print(f"problem: do_{name} is on, but dataset.{name} names no file.")
+                sound = False
+            continue
+        table = RowTable(entries[name], processor, max_length, template)
+        found = examine_split(name, table, flags.num_workers)
+        for line in describe(found, max_length, settings.get("mixtoken", False), flags.max_listed):
+            print(line)
+        if any(found.problems.values()):
+            sound = False
+        elif not found.samples:
+            print(f"problem: no row of {name} keeps a token to learn with max_length {max_length}.")
+            sound = False
+        for line in show(found, flags.show, processor.tokenizer, wants_colour(sys.stdout)):
+            print(line)
+    return sound
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    from paddlemix.runtime import quiet_start
+
+    quiet_start()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets the report
+    try:
+        sound = check(*parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print("sound: training can start" if sound else "not sound: mend the problems above before training")
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
