@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.conversation import check_messages
+from paddlemix.models.llava.conversation import check_messages, conv_templates
 
-__all__ = ["ChatTemplate", "load_chat_template"]
+__all__ = ["FILE_NAME", "ChatTemplate", "load_chat_template", "name_of", "read_saved"]
 
 logger = logging.getLogger("paddlemix.processors.chat_template")
 
+FILE_NAME = "chat_template.json"
 KEYS = ("system", "conversation", "query")
 _MARK = "\ue000"  # a private-use character, to see where a message lands
 
@@ -177,6 +178,42 @@ def _compile(source: str):
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
         source
     )
+
+
+_PROBE = (
+    {"role": "user", "content": "<image>\nWhat is it?"},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Which colour?"},
+    {"role": "assistant", "content": "Grey."},
+)
+
+
+def name_of(template: ChatTemplate) -> Optional[str]:
+    """The name in ``conv_templates`` that renders as this template does, for training and for a prompt; None if none.
+
+    ``vicuna_v1`` for the file that the toolkit has for LLaVA-1.5.
+    """
+
+    def rendered(one: Any) -> Tuple[Any, str]:
+        return one.render_spans(_PROBE), one.render(_PROBE[:3], add_generation_prompt=True)
+
+    try:
+        wanted = rendered(template)
+    except UserError:
+        return None
+    # the checkpoints of LLaVA-1.5 say vicuna_v1, which is v1 by another name
+    names = sorted(conv_templates, key=lambda name: name != "vicuna_v1")
+    return next((name for name in names if rendered(conv_templates[name]) == wanted), None)
+
+
+def read_saved(folder: Union[str, Path]) -> Optional[ChatTemplate]:
+    """The ``chat_template.json`` beside a checkpoint, if it is of the toolkit's form and not Hugging Face's."""
+    path = Path(folder) / FILE_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    return ChatTemplate(values, str(path)) if isinstance(values, dict) and "conversation" in values else None
 
 
 def load_chat_template(path: Union[str, Path]) -> ChatTemplate:

@@ -1,5 +1,6 @@
 """LlavaProcessor: texts and pictures -> the model's inputs, and rows of a dataset -> ids and labels."""
 
+import json
 import logging
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,8 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
+from paddlemix.processors.chat_template import FILE_NAME as CHAT_TEMPLATE_FILE
+from paddlemix.processors.chat_template import ChatTemplate, name_of, read_saved
 from paddlemix.processors.image_processing import LlavaImageProcessor
 from paddlemix.processors.images import image_digest, load_image
 from paddlemix.processors.labels import (
@@ -45,6 +48,7 @@ class LlavaProcessor:
         tokenizer: of :func:`load_tokenizer`.
         image_processor: None for a model that takes text only.
         config: the model's; counts the features of a picture and names the conversation template.
+        chat_template: in place of the named template: one in a file of the toolkit's form.
 
     Example:
         >>> processor = LlavaProcessor.from_pretrained(folder)
@@ -53,10 +57,17 @@ class LlavaProcessor:
         >>> processor.batch_decode(ids)
     """
 
-    def __init__(self, tokenizer: Tokenizer, image_processor: Optional[LlavaImageProcessor], config: "LlavaConfig"):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_processor: Optional[LlavaImageProcessor],
+        config: "LlavaConfig",
+        chat_template: Optional[ChatTemplate] = None,
+    ):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.config = config
+        self.chat_template = chat_template
         if tokenizer.vocab_size > config.vocab_size:
             logger.warning(
                 "The tokenizer has %d tokens but the model only %d (vocab_size): they are of different checkpoints.",
@@ -96,7 +107,10 @@ class LlavaProcessor:
             image_processor = LlavaImageProcessor.from_pretrained(
                 folder, config=config, image_aspect_ratio=image_aspect_ratio
             )
-        return cls(load_tokenizer(folder), image_processor, config)
+        saved = read_saved(folder)
+        if saved is not None and name_of(saved) == config.conversation_template:
+            saved = None
+        return cls(load_tokenizer(folder), image_processor, config, saved)
 
     def __iter__(self):
         """``processor, tokenizer = AutoProcessorMIX.from_pretrained(…)``, as the toolkit's scripts have it."""
@@ -109,12 +123,17 @@ class LlavaProcessor:
         self.tokenizer.save_pretrained(folder)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
+        if self.chat_template is not None:
+            text = json.dumps(self.chat_template.values, ensure_ascii=False, indent=2)
+            (folder / CHAT_TEMPLATE_FILE).write_text(text + "\n", encoding="utf-8")
         if not (folder / "config.json").exists():  # the model's save writes more into it
             self.config.save_pretrained(str(folder))
 
     @property
-    def template(self) -> Template:
+    def template(self) -> Union[Template, ChatTemplate]:
         """The conversation template that the checkpoint was trained with."""
+        if self.chat_template is not None:
+            return self.chat_template
         return get_template(self.config.conversation_template)
 
     @property
@@ -258,7 +277,7 @@ class LlavaProcessor:
         Raises:
             UserError: wrong messages, or another number of ``<image>`` than of sizes.
         """
-        template = get_template(self.config.conversation_template if template is None else template)
+        template = self.template if template is None else get_template(template)
         text, spans = render_for_training(messages, template, self.config.mm_use_im_start_end)
         features = self._features(text, image_sizes)
         ids, offsets = self._encode(text)

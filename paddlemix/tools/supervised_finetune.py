@@ -90,6 +90,11 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     if args.text_model_name_or_path:
         processor.tokenizer = load_tokenizer(checkpoint.resolve(args.text_model_name_or_path))
 
+    if args.version:
+        processor.chat_template = None
+    if args.do_train:
+        record_template(processor, entries["train"])
+
     parts: Dict[str, Any] = {"processor": processor}
     for split, wanted in (("train", args.do_train), ("eval", args.do_eval or args.do_predict)):
         if wanted:
@@ -137,6 +142,25 @@ def read_config(folder: Path, args: Any, settings: Dict[str, Any]) -> Any:
             if settings.get(key):
                 raise UserError(f"{key} is set, but {folder} takes text only: it has no vision tower and no projector.")
     return config
+
+
+def record_template(processor: Any, entries: List[Any]) -> None:
+    """Where all training data have one ``chat_template``, the model that comes out is asked in that way too."""
+    from paddlemix.processors.chat_template import load_chat_template, name_of
+
+    files = [entry.chat_template for entry in entries]
+    if not any(files):
+        return
+    templates = [load_chat_template(file) if file else None for file in files]
+    if any(template != templates[0] for template in templates):
+        logger.warning(
+            "The training data have several chat templates; the chat will use %s.",
+            processor.config.conversation_template,
+        )
+        return
+    name = name_of(templates[0])
+    processor.chat_template = None if name else templates[0]
+    processor.config.conversation_template = name or processor.config.conversation_template
 
 
 def check_lengths(dataset: Any, split: str, config: Any) -> None:

@@ -384,3 +384,40 @@ def test_two_ranks_train_to_the_losses_of_one(room, tmp_path):
     for file in first:
         for name, value in first[file].items():
             np.testing.assert_allclose(second[file][name], value, atol=1e-5, err_msg=name)
+
+
+def chat_template(folder, name, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_text(json.dumps(values))
+    return str(file)
+
+
+def test_the_template_of_the_data_is_the_one_that_the_result_is_asked_with(room, tmp_path):
+    own = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"], "query": "Q: {{query}}\nA:"}
+    entry = {
+        "data_files": str(room / "data" / "train.json"),
+        "chat_template": chat_template(tmp_path / "templates", "own.json", **own),
+    }
+    config = configure(room, tmp_path / "own", max_steps=1, dataset={"train": [entry]})
+    assert run([config]) == 0
+    for folder in (tmp_path / "own", tmp_path / "own" / "checkpoint-1"):
+        if folder.exists():
+            processor = LlavaProcessor.from_pretrained(folder)
+            messages = [{"role": "user", "content": "Hi"}]
+            assert processor.template.render(messages, add_generation_prompt=True) == "Q: Hi\nA:"
+    chat = LlavaChat(
+        LlavaLlamaForCausalLM.from_pretrained(tmp_path / "own"), processor, temperature=0, max_new_tokens=2
+    )
+    assert chat.template == processor.template and "".join(chat.ask("Hi")) is not None
+
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    vicuna = {"system": system, "conversation": ["USER: {{user}} ", "ASSISTANT: {{bot}}</s>"], "query": "USER: {{query}} ASSISTANT:"}  # fmt: skip
+    entry["chat_template"] = chat_template(tmp_path / "templates", "vicuna.json", **vicuna)
+    config = configure(room, tmp_path / "known", max_steps=1, dataset={"train": [entry]}, version="llava_v1")
+    assert run([config]) == 0
+    assert json.loads((tmp_path / "known" / "config.json").read_text())["conversation_template"] == "vicuna_v1"
+    assert not (tmp_path / "known" / "chat_template.json").exists()

@@ -161,7 +161,7 @@ class LlavaChat:
         on_notice: Optional[Callable[[str], None]] = None,
     ):
         self.model, self.processor, self.config = model, processor, model.config
-        self.template = get_template(template if template is not None else self.config.conversation_template)
+        self.template = get_template(template) if template is not None else processor.template
         if isinstance(stop, str) or not all(stop):
             raise UserError(f"stop is {stop!r}; expected a list of strings that aren't empty.")
         self.stop_strings = tuple(dict.fromkeys([*self.template.stop_strings, *stop]))
