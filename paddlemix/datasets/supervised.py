@@ -22,6 +22,7 @@ from paddlemix.datasets.parallel import map_rows
 from paddlemix.datasets.samplers import Unlabelled
 from paddlemix.errors import UserError
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from paddlemix.models.llava.conversation import get_template
 from paddlemix.processors.chat_template import load_chat_template
 from paddlemix.processors.images import load_image
 from paddlemix.processors.labels import truncate_rounds
@@ -224,7 +225,7 @@ class SupervisedDataset(Dataset):
         lengths (list of int): tokens of each sample, pictures included; positive where it has a picture, negative
             where it is text only, as ``group_by_modality_length`` wants it.
         counts (Counter): rows, samples, cut, dropped, and tokens: text, image, supervised.
-        template: what the first entry's conversations are rendered with.
+        template: what the first entry's conversations are rendered with; an object that renders.
 
     Raises:
         UserError: a row that is no sample (missing picture, malformed, …), or no sample at all.
@@ -280,7 +281,8 @@ class SupervisedDataset(Dataset):
             )
         self._rows = np.array(kept, dtype=np.int64)
         self.lengths: List[int] = lengths
-        self.template = self.table.templates[0] or processor.template
+        first = self.table.templates[0]
+        self.template = processor.template if first is None else get_template(first)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -36,7 +36,7 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
 class SplitReport(NamedTuple):
-    """What was found in one split; indices are rows of its table."""
+    """What was found in one split; ``rows`` (of the samples), ``cut``, ``dropped`` and ``unanswered`` are row numbers."""
 
     name: str
     table: Any
@@ -44,6 +44,7 @@ class SplitReport(NamedTuple):
     text_tokens: List[int]
     image_tokens: List[int]
     lengths: List[int]
+    rows: List[int]
     supervised: int
     pictures: int
     cut: List[int]
@@ -64,7 +65,7 @@ def examine_split(name: str, table: Any, num_workers: Optional[int]) -> SplitRep
     from paddlemix.datasets.supervised import PROBLEM_KINDS
 
     found = SplitReport(
-        name, table, Counter(), [], [], [], 0, 0, [], [], [], {kind: [] for kind in ("file", *PROBLEM_KINDS)}
+        name, table, Counter(), [], [], [], [], 0, 0, [], [], [], {kind: [] for kind in ("file", *PROBLEM_KINDS)}
     )
     found.problems["file"] += map(str, table.problems)
     supervised = pictures = 0
@@ -79,6 +80,7 @@ def examine_split(name: str, table: Any, num_workers: Optional[int]) -> SplitRep
         found.image_tokens.append(report.image_tokens)
         if report.supervised:
             found.lengths.append(report.length if report.pictures else -report.length)
+            found.rows.append(index)
             supervised += report.supervised
             pictures += report.pictures
             found.cut.extend([index] if report.cut else [])
@@ -263,6 +265,18 @@ def parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Dict[str, 
     return flags, read_settings(rest)
 
 
+def beyond_positions(found: SplitReport, config: Any) -> Optional[str]:
+    """Says so if a sample has more tokens than the model has positions; training refuses it."""
+    longest = max(map(abs, found.lengths), default=0)
+    if longest <= config.max_position_embeddings or config.rope_scaling is not None:
+        return None
+    row = found.rows[[abs(length) for length in found.lengths].index(longest)]
+    return (
+        f"{found.table.where(row)}: the sample has {longest} tokens, but the model reads {config.max_position_embeddings} "
+        "at most; set max_length to that."
+    )
+
+
 def needed_splits(settings: Dict[str, Any]) -> List[str]:
     """The splits that the run reads, by the training arguments' own defaults."""
     predicts = settings.get("do_predict", False)
@@ -279,34 +293,37 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
     from paddlemix.models.llava.hub import resolve
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.processors.tokenizer import load_tokenizer
+    from paddlemix.tools.supervised_finetune import record_template
 
-    processor = LlavaProcessor.from_pretrained(
-        settings["model_name_or_path"], image_aspect_ratio=settings.get("image_aspect_ratio")
-    )
+    folder = resolve(settings["model_name_or_path"])
+    processor = LlavaProcessor.from_pretrained(folder, image_aspect_ratio=settings.get("image_aspect_ratio"))
     if settings.get("text_model_name_or_path"):
         processor.tokenizer = load_tokenizer(resolve(settings["text_model_name_or_path"]))
-    template = settings.get("version")
-    if template is not None:
-        get_template(template)
+    if settings.get("version"):
+        get_template(settings["version"])
+        processor.config.conversation_template = settings["version"]
+        processor.chat_template = None
     max_length = settings.get("max_length", 2048)
     wrong: List[Problem] = []
     entries = parse_dataset_key(settings["dataset"], flags.config.parent, wrong)
+    needed = needed_splits(settings)
+    if "train" in needed:
+        try:
+            record_template(processor, entries["train"])  # rows without a template of their own then have the run's
+        except UserError:
+            logger.debug("a chat template can't be read; the split's report says so", exc_info=True)
 
     sound = True
     for problem in wrong:
         print(f"problem: {problem}")
         sound = False
-    positions = processor.config.max_position_embeddings
-    if max_length > positions:
-        print(f"note: max_length {max_length} is more than the {positions} positions that the model was made for.")
-    needed = needed_splits(settings)
     for name in ("train", "eval"):
         if not entries[name]:
             if name in needed and not wrong:
                 print(f"problem: do_{name} is on, but dataset.{name} names no file.")
                 sound = False
             continue
-        table = RowTable(entries[name], processor, max_length, template)
+        table = RowTable(entries[name], processor, max_length)
         found = examine_split(name, table, flags.num_workers)
         for line in describe(found, max_length, settings.get("mixtoken", False), flags.max_listed):
             print(line)
@@ -314,6 +331,10 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
             sound = False
         elif not found.samples:
             print(f"problem: no row of {name} keeps a token to learn with max_length {max_length}.")
+            sound = False
+        too_long = beyond_positions(found, processor.config)
+        if too_long:
+            print(f"problem: {too_long}")
             sound = False
         for line in show(found, flags.show, processor.tokenizer, wants_colour(sys.stdout)):
             print(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paddlemix.tools.check_dataset import histogram, main
+from paddlemix.tools.check_dataset import histogram, main, wants_colour
 from tests.datasets.tiny import ANYRES, mixed_rows, picture, tiny_folder, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -81,16 +81,22 @@ def test_a_sound_dataset(folder):
     assert not (folder / "out").exists(), "a dry run writes nothing"
 
 
-def test_colours_on_a_terminal_unless_they_are_not_wanted(folder):
-    path = config(folder)
-    for no_color, expected in ((None, True), ("1", False)):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-        environment.pop("NO_COLOR", None)
-        if no_color:
-            environment["NO_COLOR"] = no_color
-        shown = _through_a_terminal([sys.executable, str(TOOL), str(path), "--show", "1"], environment)
-        assert ("\x1b[32m Red.</s>\x1b[0m" in shown) == expected
-        assert ("⟦ Red.</s>⟧" in shown) != expected
+def test_colours_on_a_terminal(folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    shown = _through_a_terminal([sys.executable, str(TOOL), str(config(folder)), "--show", "1"], environment)
+    assert "\x1b[32m Red.</s>\x1b[0m" in shown and "⟦" not in shown
+
+
+@pytest.mark.parametrize(
+    "variables, expected", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)]
+)
+def test_no_colours_where_they_are_not_wanted(monkeypatch, variables, expected):
+    for name, value in {"TERM": "xterm", "NO_COLOR": "", **variables}.items():
+        monkeypatch.setenv(name, value)
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as terminal:
+        assert wants_colour(terminal) == expected
 
 
 def _through_a_terminal(command, environment):
@@ -218,6 +224,31 @@ def test_without_a_configuration_it_shows_how_it_is_used(run_here, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "none.json doesn't exist" in done.stderr
 
 
+def test_a_sample_longer_than_the_models_positions(run_here, folder, tmp_path):
+    tiny_folder(tmp_path / "model", max_position_embeddings=100)
+    file = write_rows(
+        tmp_path / "x.json", [{"conversations": [["Hi", "Hello"]]}, {"conversations": [["a " * 90, "A"]]}]
+    )
+    keys = {"model_name_or_path": str(tmp_path / "model"), "dataset": {"train": {"data_files": str(file)}}}
+    done = run_here(config(folder, "long.json", **keys))
+    assert done.returncode == 1
+    assert re.search(r"x\.json:3 \(row 2\): the sample has \d+ tokens, but the model reads 100 at most", done.stdout)
+    assert run_here(config(folder, "long.json", **keys, max_length=100)).returncode == 0
+
+
+def test_rows_are_rendered_by_the_runs_template(run_here, folder, tmp_path):
+    file = write_rows(tmp_path / "x.json", [{"conversations": [["Ask", "Answer"]]}])
+    template = tmp_path / "chat_template.json"
+    template.write_text('{"conversation": ["Q={{user}};", "A={{bot}}</s>"], "query": "Q={{query}};A="}')
+    dataset = {"train": {"data_files": str(file), "chat_template": str(template)}, "eval": {"data_files": str(file)}}
+    done = run_here(config(folder, "template.json", dataset=dataset), "--show", 1)
+    assert done.stdout.count("Q=Ask;A=⟦Answer</s>⟧") == 2, done.stdout
+    done = run_here(
+        config(folder, "template.json", dataset={"train": {"data_files": str(file)}}, version="llava_v0"), "--show", 1
+    )
+    assert "###Human: Ask###Assistant:⟦ Answer###⟧" in done.stdout, done.stdout
+
+
 def test_splits_that_the_run_needs(run_here, folder):
     done = run_here(config(folder, "eval.json", do_eval=True))
     assert done.returncode == 1 and "problem: do_eval is on, but dataset.eval names no file." in done.stdout
@@ -233,3 +264,12 @@ def test_histograms_have_round_bins_that_hold_everything():
     assert lines[0] == "  numbers: least 0, median 50001, most 99995"
     assert lines[1].split()[0] == "0–9999"
     assert list(histogram("numbers", [])) == []
+
+
+def test_a_bad_chat_template_is_reported_with_the_rest(run_here, folder, tmp_path):
+    template = tmp_path / "chat_template.json"
+    template.write_text('{"conversation": ["{{user}}"]}')
+    dataset = {"train": [{"data_files": "train.json", "chat_template": str(template)}]}
+    done = run_here(config(folder, "template.json", dataset=dataset))
+    assert done.returncode == 1
+    assert f"files that can't be read: 1\n    {template}: conversation is" in done.stdout
