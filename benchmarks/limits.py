@@ -69,7 +69,9 @@ def main():
     for i, (label, _) in enumerate(rows["7B"]):
         print(f"| {label} | " + " | ".join(f"{rows[name][i][1]:.3g}" for name in rows) + " |")
     tower = tower_flops(VIT_L_336)
-    print(f"\nTower (ViT-L/14-336, 23 layers), one tile: {tower / 1e12:.3g} TFLOP, at least {tower / flops * 1e3:.2g} ms.")
+    print(
+        f"\nTower (ViT-L/14-336, 23 layers), one tile: {tower / 1e12:.3g} TFLOP, at least {tower / flops * 1e3:.2g} ms."
+    )
 
 
 if __name__ == "__main__":

@@ -112,3 +112,31 @@ def test_two_masks_that_meet_stay_finite_in_every_dtype():
     for dtype, smallest in (("float16", np.finfo(np.float16).min), ("float32", np.finfo(np.float32).min)):
         assert 2 * attention.masked_score(dtype) > smallest
         assert np.exp(np.float64(attention.masked_score(dtype))) == 0
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_attention_equal_those_of_its_formula(heads, groups, masked):
+    random = np.random.default_rng(0)
+
+    def tensor(*shape):
+        return paddle.to_tensor(random.normal(size=shape).astype("float32"), stop_gradient=False)
+
+    query, key, value = tensor(2, heads, 7, 8), tensor(2, groups, 7, 8), tensor(2, groups, 7, 8)
+    bias = paddle.to_tensor(np.where(random.random((2, 1, 7, 7)) < 0.3, -1e9, 0).astype("float32")) if masked else None
+    weights = tensor(2, heads, 7, 8).detach()
+    gradients = []
+    for formula in (False, True):
+        if formula:
+            keys, values = (paddle.repeat_interleave(x, heads // groups, axis=1) for x in (key, value))
+            scores = paddle.matmul(query, keys, transpose_y=True) / 8**0.5 + attention.causal_bias(7, 7)
+            probabilities = paddle.nn.functional.softmax(scores if bias is None else scores + bias, axis=-1)
+            context = paddle.matmul(probabilities, values)
+        else:
+            context = attention.attend(query, key, value, causal=True, bias=bias)
+        (context * weights).sum().backward()
+        gradients.append([x.grad.numpy().copy() for x in (query, key, value)])
+        for x in (query, key, value):
+            x.clear_grad()
+    for ours, expected in zip(*gradients):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -7,6 +7,7 @@ from typing import Optional
 
 import paddle
 import paddle.nn.functional as F
+from paddle.autograd import PyLayer
 
 __all__ = ["attend", "causal_bias", "masked_score"]
 
@@ -74,20 +75,53 @@ def attend(
 
 def _attend_math(query, key, value, bias):
     batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    if heads != groups:
+    groups = key.shape[1]
+    rows = heads // groups
+    if rows > 1:
         # the queries that share a key head become rows of one product: no copy of the keys
-        query = query.reshape([batch, groups, (heads // groups) * queries, width])
-    scores = paddle.matmul(query * width**-0.5, key, transpose_y=True)
+        query = query.reshape([batch, groups, rows * queries, width])
+        bias = bias.unsqueeze(2) if bias is not None and bias.ndim == 4 else bias
+    if paddle.is_grad_enabled() and not (query.stop_gradient and key.stop_gradient and value.stop_gradient):
+        context = _LeanAttention.apply(query, key, value, bias, rows)
+    else:
+        context = paddle.matmul(_probabilities(query, key, bias, rows), value)
+    return context.reshape([batch, heads, queries, width]) if rows > 1 else context
+
+
+def _probabilities(query, key, bias, rows):
+    """query [B, G, R * T, K], key [B, G, S, K], bias to [B, G, T, S] or, for R > 1, [B, G, R, T, S] -> [B, G, R * T, S]"""
+    scores = paddle.matmul(query * query.shape[-1] ** -0.5, key, transpose_y=True)
     if bias is not None:
-        if heads != groups:
-            scores = scores.reshape([batch, groups, heads // groups, queries, keys])
-            bias = bias.unsqueeze(2) if bias.ndim == 4 else bias
-            scores = (scores + bias).reshape([batch, groups, -1, keys])
-        else:
-            scores = scores + bias
-    context = paddle.matmul(F.softmax(scores, axis=-1), value)
-    return context.reshape([batch, heads, queries, width]) if heads != groups else context
+        shape = scores.shape
+        if rows > 1:
+            scores = scores.reshape([shape[0], shape[1], rows, -1, shape[3]])
+        scores = (scores + bias).reshape(shape)
+    return F.softmax(scores, axis=-1)
+
+
+class _LeanAttention(PyLayer):
+    """Attention that keeps nothing of the size of its scores for the backward pass, but computes them again there
+    (the gradients of FlashAttention-2: Dao, 2023, section 2.3)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, rows):
+        context = paddle.matmul(_probabilities(query, key, bias, rows), value)
+        ctx.save_for_backward(query, key, value, context)
+        ctx.bias, ctx.rows = bias, rows
+        return context
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, context = ctx.saved_tensor()
+        probabilities = _probabilities(query, key, ctx.bias, ctx.rows)
+        grad_value = paddle.matmul(probabilities, grad, transpose_x=True)
+        mean = (grad * context).sum(-1, keepdim=True)
+        grad_scores = probabilities * (paddle.matmul(grad, value, transpose_y=True) - mean)
+        scale = query.shape[-1] ** -0.5
+        grad_query = paddle.matmul(grad_scores, key) * scale
+        grad_key = paddle.matmul(grad_scores, query, transpose_x=True) * scale
+        grads = (grad_query, grad_key, grad_value)
+        return grads if ctx.bias is None else (*grads, None)
 
 
 def _attend_flash(query, key, value, causal, bias):

@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
 from paddlemix.errors import UserError
@@ -136,9 +137,29 @@ class RotaryEmbedding:
 
 def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
     """Rotates pairs (i, i + K/2) of [B, H, T, K] by their positions' angles."""
+    if paddle.is_grad_enabled() and not x.stop_gradient:
+        return _Rotation.apply(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+def _rotate(x, cos, sin):
     half = x.shape[-1] // 2
     turned = paddle.concat([-x[..., half:], x[..., :half]], axis=-1)
     return x * cos + turned * sin
+
+
+class _Rotation(PyLayer):
+    """A rotation is undone by the opposite angle, so the backward pass needs nothing of what was rotated."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.tables = cos, sin
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.tables
+        return _rotate(grad, cos, -sin), None, None
 
 
 class LlamaRMSNorm(nn.Layer):
@@ -220,7 +241,7 @@ class LlamaMLP(nn.Layer):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return project(self.down_proj, F.silu(project(self.gate_proj, hidden)) * project(self.up_proj, hidden))
+        return project(self.down_proj, F.swiglu(project(self.gate_proj, hidden), project(self.up_proj, hidden)))
 
 
 class LlamaDecoderLayer(nn.Layer):

@@ -1,0 +1,147 @@
+"""Fine-tuning figures of this project beside transformers + PEFT, in turn, on the same model and data.
+
+    python benchmarks/finetune.py --peer-python PEER/bin/python [--steps 12] [--batch 4] [--repeats 1]
+
+The model is the built-in default one, the data easy-VQA; both are made under ``--folder`` on the first run. Both
+sides train in float32 with two threads on the same batches in the same order: ours through
+``supervised_finetune.py`` with ``"benchmark": true``, theirs in a loop of its own (forward, backward, AdamW). The
+peer's environment holds ``torch==2.13.0 "transformers<5" peft``. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOOLS = HERE.parent / "paddlemix" / "tools"
+MODEL = "paddlemix/llava-smol-demo"
+LORA = {"lora": True, "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+PACKED = {"mixtoken": True, "per_device_train_batch_size": 1}
+
+
+def prepare(folder: Path, rows: int) -> None:
+    """easy-VQA as JSON, and the model in Hugging Face's layout."""
+    run = [sys.executable]
+    if not (folder / "easy_vqa" / "train.json").exists():
+        script = HERE.parent / "paddlemix" / "examples" / "llava" / "easy_vqa.py"
+        subprocess.run([*run, str(script), "--output_dir", str(folder / "easy_vqa"), "--limit", str(rows)], check=True)
+    if not (folder / "huggingface").exists():
+        script = TOOLS / "convert_checkpoint.py"
+        out = ["--output_dir", str(folder / "huggingface"), "--layout", "huggingface", "--dtype", "float32"]
+        subprocess.run([*run, str(script), "--model_name_or_path", MODEL, *out], check=True)
+
+
+def settings(folder: Path, arguments, **changes) -> dict:
+    return {
+        "model_name_or_path": MODEL,
+        "dataset": {"train": [{"name": "chatml_dataset", "data_files": str(folder / "easy_vqa" / "train.json")}]},
+        "output_dir": str(folder / "run"),
+        "overwrite_output_dir": True,
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.batch,
+        "max_length": arguments.max_length,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "do_train": True,
+        "disable_tqdm": True,
+        "benchmark": True,
+        **changes,
+    }
+
+
+def ours(folder: Path, config: dict, threads: int) -> dict:
+    """Runs the tool as a user does; the tokens a second are those of its own log, from the third step on."""
+    path = folder / "benchmark.json"
+    path.write_text(json.dumps(config, indent=2))
+    variables = dict(os.environ, FLAGS_paddle_num_threads=str(threads), MKL_NUM_THREADS=str(threads))
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "supervised_finetune.py"), str(path)],
+        capture_output=True,
+        text=True,
+        env=variables,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    speed = float(re.search(r"Supervised tokens per second: ([\d.]+)", done.stderr).group(1))
+    peak, unit = re.search(r"Peak memory: ([\d.]+) (\w+)", done.stderr).groups()
+    return {"tokens_per_second": speed, "peak_mb": float(peak) * {"GB": 1024, "MB": 1}[unit[0] + "B"]}
+
+
+def theirs(folder: Path, batches: Path, lora: bool, arguments) -> dict:
+    command = [arguments.peer_python, str(HERE / "finetune_torch.py"), str(folder / "huggingface"), str(batches)]
+    command += ["--threads", str(arguments.threads)] + (["--lora"] if lora else [])
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def dump_batches(folder: Path, config: dict) -> Path:
+    """The first ``max_steps`` batches as the collator gives them, in file order; one .npz for the peer."""
+    import numpy as np
+
+    from paddlemix.datasets.collator import LlavaCollator
+    from paddlemix.processors.llava import LlavaProcessor
+
+    processor = LlavaProcessor.from_pretrained(MODEL)
+    rows = json.loads((folder / "easy_vqa" / "train.json").read_text())
+    size = config["per_device_train_batch_size"]
+    collator, held = LlavaCollator(0), {}
+    for step in range(config["max_steps"]):
+        samples = []
+        for i in range(step * size, (step + 1) * size):
+            row = dict(rows[i], image=str(folder / "easy_vqa" / rows[i]["image"]))
+            samples.append(processor.encode_conversation(row, max_length=config["max_length"]))
+        for key, value in collator(samples).items():
+            held[f"{step}:{key}"] = value
+    path = folder / "batches.npz"
+    np.savez(path, **held)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="python of the environment with torch and peft")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks/finetune"))
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(HERE.parent))
+    prepare(folder, rows=max(400, arguments.steps * arguments.batch))
+    base = settings(folder, arguments)
+    batches = dump_batches(folder, base)
+    print(
+        "| run | supervised tokens/s: paddle | transformers + PEFT | ratio | peak MB: paddle | transformers | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name, changes in (("LoRA", LORA), ("full", {})):
+        results = {"ours": [], "theirs": []}
+        for _ in range(arguments.repeats):
+            results["ours"].append(ours(folder, {**base, **changes}, arguments.threads))
+            results["theirs"].append(theirs(folder, batches, bool(changes), arguments))
+
+        def median(side, key, results=results):
+            return statistics.median(result[key] for result in results[side])
+
+        cells = [name]
+        for key in ("tokens_per_second", "peak_mb"):
+            a, b = median("ours", key), median("theirs", key)
+            cells += [f"{a:.0f}" if a > 99 else f"{a:.2f}", f"{b:.0f}" if b > 99 else f"{b:.2f}", f"{a / b:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    packed = ours(folder, {**base, **LORA, **PACKED}, arguments.threads)
+    print(f"\nLoRA with packing (mixtoken): {packed['tokens_per_second']:.1f} supervised tokens/s.")
+
+
+if __name__ == "__main__":
+    main()
