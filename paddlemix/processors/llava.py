@@ -303,9 +303,12 @@ class LlavaProcessor:
         """Ids with the tokenizer's prefix (bos) and one ``IMAGE_TOKEN_INDEX`` for each ``<image>``, and their characters.
 
         A tokenizer that has a token ``<image>`` (Hugging Face's checkpoints) finds it by itself. For another (the
-        original release's) the text is cut at each ``<image>`` and the pieces are tokenized one by one.
+        original release's) the text is cut at each ``<image>`` and the pieces are tokenized one by one. A text that
+        begins with bos itself, as chat templates in files may write it, gets no second one.
         """
         ids = self.tokenizer.prefix_ids
+        if ids == [self.tokenizer.bos_token_id] and text.startswith(self.tokenizer.bos_token):
+            ids = []
         offsets = [(-1, -1)] * len(ids)
         own = self.tokenizer.added_token_id(IMAGE_TOKEN)
         if own is not None:

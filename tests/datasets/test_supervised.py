@@ -277,3 +277,18 @@ def test_relative_data_files_keep_working(square, tmp_path, monkeypatch):
     dataset = SupervisedDataset([entry(Path("x.json"))], square, 512)
     assert dataset[0]["image_sizes"] == [(40, 30)]
     assert dataset.conversation(0)[1] == [Path("images/0.png")]
+
+
+def test_a_template_that_writes_bos_itself_has_one(square, tmp_path):
+    """LLaMA-2's format in a file: the text has every mark, also the first, which the tokenizer would add."""
+    template = tmp_path / "chat_template.json"
+    template.write_text(
+        '{"conversation": ["<s>[INST] {{user}} [/INST]", " {{bot}} </s>"], "query": "<s>[INST] {{query}} [/INST]"}'
+    )
+    file = write_rows(tmp_path / "x.json", [{"conversations": [["One", "Two"], ["Three", "Four"]]}])
+    sample = SupervisedDataset([entry(file, chat_template=template)], square, 512)[0]
+    bos = square.tokenizer.bos_token_id
+    assert sample["input_ids"][0] == bos != sample["input_ids"][1]
+    assert sample["input_ids"].count(bos) == 2
+    learned = [token for token, label in zip(sample["input_ids"], sample["labels"]) if label != -100]
+    assert square.decode(learned, skip_special_tokens=False).strip() == "Two </s> Four </s>"
