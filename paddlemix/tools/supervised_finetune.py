@@ -80,6 +80,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.processors.tokenizer import load_tokenizer
+    from paddlemix.trainer.weights import mark_differing
 
     paddle.set_device(args.device)
     set_seed(args.seed)
@@ -109,9 +110,14 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
             lengths = [abs(length) for length in parts["train"].lengths]
         check_batch(args, len(parts["train"]))
 
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, config=config, dtype=args.compute_dtype)
+    config.dtype = args.compute_dtype
+    with checkpoint.no_init(args.compute_dtype):
+        model = LlavaLlamaForCausalLM(config)
+    aligned = args.tune_mm_mlp_adapter or args.pretrain_mm_mlp_adapter
+    checkpoint.load_weights(model, folder, args.compute_dtype, new_projector=bool(aligned))
     if args.pretrain_mm_mlp_adapter:
         checkpoint.load_projector(model, args.pretrain_mm_mlp_adapter)
+        mark_differing(model, "projector")
     if args.lora:
         model = adapt(model, args, settings, folder)
     parts["model"] = model

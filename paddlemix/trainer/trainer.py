@@ -592,7 +592,9 @@ class LlavaTrainer(Trainer):
             if training:
                 self.model.train()
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        metrics.update(speed_metrics(metric_key_prefix, began, num_samples=len(dataset), num_steps=len(loader)))
+        batches = min(len(loader), args.max_evaluate_steps) if args.max_evaluate_steps > 0 else len(loader)
+        seen = min(len(dataset), batches * args.per_device_eval_batch_size * self._ranks)
+        metrics.update(speed_metrics(metric_key_prefix, began, num_samples=seen, num_steps=batches))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)

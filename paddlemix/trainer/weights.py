@@ -19,14 +19,21 @@ from paddlemix.models.llava.tensor_files import (
 from paddlemix.trainer.freezing import named_model_parameters, part_of
 from paddlemix.trainer.optimizer_state import to_numpy, to_tensor
 
-__all__ = ["load_trained_weights", "save_trained_weights"]
+__all__ = ["load_trained_weights", "mark_differing", "save_trained_weights"]
 
 
 LORA_FILE, BESIDE_FILE = "lora_model_state.safetensors", "non_lora_state.safetensors"
 
 
+def mark_differing(model: nn.Layer, part: str) -> None:
+    """Notes that a part isn't the base's any more, so that an adapter folder holds it even if it isn't trained."""
+    for name, parameter in named_model_parameters(model):
+        if part_of(name) == part:
+            parameter.differs_from_base = True
+
+
 def save_trained_weights(model: nn.Layer, folder: Path) -> None:
-    """Writes weights and config: the whole model, or ``lora_config.json``, the adapter and what was trained beside it."""
+    """Writes weights and config: the whole model, or ``lora_config.json``, the adapter and what differs beside it."""
     if not isinstance(model, LoRAModel):
         model.save_pretrained(folder)
         return
@@ -34,7 +41,7 @@ def save_trained_weights(model: nn.Layer, folder: Path) -> None:
     for name, parameter in named_model_parameters(model):
         if part_of(name) == "LoRA adapters":
             adapters[name] = parameter
-        elif not parameter.stop_gradient:
+        elif not parameter.stop_gradient or getattr(parameter, "differs_from_base", False):
             beside[name] = parameter
     _write(folder / LORA_FILE, adapters)
     if beside:
@@ -69,6 +76,8 @@ def load_trained_weights(model: nn.Layer, folder: Path) -> None:
     for name, tensor in stored.items():
         if name not in known:
             raise UserError(f"{folder} holds {name}, which the model of this run doesn't have.")
+        if isinstance(model, LoRAModel) and part_of(name) != "LoRA adapters":
+            known[name].differs_from_base = True
         put(known[name], name, tensor, folder)
 
 

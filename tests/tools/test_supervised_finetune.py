@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.chat import LlavaChat
@@ -421,3 +421,36 @@ def test_the_template_of_the_data_is_the_one_that_the_result_is_asked_with(room,
     assert run([config]) == 0
     assert json.loads((tmp_path / "known" / "config.json").read_text())["conversation_template"] == "vicuna_v1"
     assert not (tmp_path / "known" / "chat_template.json").exists()
+
+
+def test_a_model_without_a_projector_gets_a_new_one_to_align(room, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(room / "base", bare)
+    weights = load_file(bare / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "mm_projector" not in name}, bare / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="lacks 4 tensor"):
+        run([configure(room, tmp_path / "sft", model_name_or_path=str(bare), max_steps=1)])
+    config = configure(room, tmp_path / "aligned", model_name_or_path=str(bare), tune_mm_mlp_adapter=True, max_steps=20)
+    assert run([config]) == 0
+    assert np.isfinite(answer(tmp_path / "aligned", room)[1]).all()
+    config = configure(
+        room, tmp_path / "tuned", model_name_or_path=str(bare), pretrain_mm_mlp_adapter=str(tmp_path / "aligned"),
+        max_steps=1,
+    )  # fmt: skip
+    assert run([config]) == 0
+    # an adapter's folder holds a projector that isn't its base's, trained or not
+    config = configure(
+        room, tmp_path / "adapter", lora=True, pretrain_mm_mlp_adapter=str(tmp_path / "aligned"),
+        freeze_mm_mlp_adapter=True, max_steps=1, learning_rate=0.0,
+    )  # fmt: skip
+    assert run([config]) == 0
+    more = configure(
+        room, tmp_path / "more", lora=True, lora_path=str(tmp_path / "adapter"), freeze_mm_mlp_adapter=True, max_steps=1
+    )
+    assert run([more]) == 0
+    aligned = load_file(tmp_path / "aligned" / "model.safetensors")
+    for name in ("adapter", "more"):
+        beside = load_file(tmp_path / name / "non_lora_state.safetensors")
+        assert len(beside) == 4 and all((value == aligned[key]).all() for key, value in beside.items())

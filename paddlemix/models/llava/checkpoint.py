@@ -346,7 +346,9 @@ def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Sourc
                 pending.append(pool.submit(load, copied[i + 2 * _WORKERS]))
 
 
-def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Optional[str] = None) -> None:
+def load_weights(
+    model: paddle.nn.Layer, folder: Union[str, Path], dtype: Optional[str] = None, new_projector: bool = False
+) -> None:
     """Fills a model, built under :func:`no_init` or not, from a checkpoint in any layout.
 
     A LoRA folder's base is loaded and the adapter added to it. Peak memory is that of the weights in the model's dtype
@@ -356,6 +358,8 @@ def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Option
     Args:
         model: LlavaLlamaForCausalLM of the folder's config.
         dtype: what the parameters are expected to be; they keep the dtype that they were built with.
+        new_projector: a folder without any projector will do, such as a language model whose config.json names a tower:
+            the projector then begins with random weights, which training is to align.
 
     Raises:
         UserError: half a checkpoint, or a tensor that is missing, unexpected or wrongly shaped.
@@ -363,7 +367,7 @@ def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Option
     folder = Path(folder)
     base = lora_base(folder)
     if base is not None:
-        load_weights(model, base, dtype)
+        load_weights(model, base, dtype, new_projector)
         merge_lora(model, folder)
         return
     if not find_weights(folder):
@@ -372,9 +376,23 @@ def load_weights(model: paddle.nn.Layer, folder: Union[str, Path], dtype: Option
         raise UserError(f"{folder} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}.")
     parameters = dict(model.named_parameters())
     sources, unknown = collect(folder, model.config)
+    if new_projector and not any(name.startswith(layouts.PROJECTOR) for name in sources):
+        for name in [name for name in parameters if name.startswith((layouts.PROJECTOR, layouts.NEWLINE))]:
+            if name not in sources:
+                _draw(parameters.pop(name), name, model.config.initializer_range)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check(shapes, sources, unknown, model.config, folder)
     _stream(parameters, sources)
+
+
+def _draw(parameter: paddle.Tensor, name: str, deviation: float) -> None:
+    """Gives a parameter its first value: zero for a bias, else normal numbers, the same each time."""
+    random = np.random.default_rng([ord(letter) for letter in name])
+    shape = tuple(parameter.shape)
+    drawn = np.zeros(shape) if name.endswith(".bias") else random.normal(0.0, deviation, shape)
+    values = _empty(shape, _dtype_of(parameter))
+    convert(drawn.astype(np.float32), "float32", _dtype_of(parameter), out=values)
+    assign(parameter, values)
 
 
 def load_tower(model: paddle.nn.Layer, name_or_folder: Union[str, Path]) -> None:
