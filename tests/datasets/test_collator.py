@@ -4,7 +4,6 @@ import numpy as np
 
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.packing import join_samples
-from tests.datasets.tiny import loader
 
 
 def sample(ids, tiles=(), label=None):
@@ -55,10 +54,3 @@ def test_packed_and_single_samples_in_one_batch():
 def test_padding_to_a_multiple():
     assert LlavaCollator(pad_to_multiple_of=8)(MIXED)["input_ids"].shape == (4, 8)
     assert LlavaCollator(pad_to_multiple_of=5)(MIXED)["input_ids"].shape == (4, 5)
-
-
-def test_the_data_loader_makes_tensors_here_and_in_workers():
-    for workers in (0, 1):
-        (batch,) = loader(MIXED, batch_size=4, collate_fn=LlavaCollator(), num_workers=workers)
-        assert batch["image_sizes"].shape == [3, 2]
-        assert batch["pixel_values"][:, 0, 0, 0].tolist() == [8] + [3] * 8

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from paddle.io import Dataset
 
 from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSampler, Unlabelled
-from tests.datasets.tiny import loader
 
 SPLITS = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 4, 1), (2, 2, 2), (4, 1, 2)]  # ranks, batch, accumulation
 
@@ -86,20 +84,3 @@ def test_grouped_batches_come_in_random_order_and_change_with_the_epoch():
 def test_one_modality_or_few_samples(lengths):
     steps = epoch_of(len(lengths), (1, 4, 1), ModalityLengthSampler, lengths=lengths)
     assert sorted(sum(steps, [])) == list(range(len(lengths)))
-
-
-def test_the_data_loader_takes_it():
-    class Numbers(Dataset):
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, index):
-            return {"n": np.array([index, isinstance(index, Unlabelled)])}
-
-    for workers in (0, 1):
-        sampler = GlobalBatchSampler(Numbers(), 1, accumulation_steps=3)
-        rows = [
-            batch["n"].numpy()[0].tolist() for batch in loader(Numbers(), batch_sampler=sampler, num_workers=workers)
-        ]
-        assert sorted(n for n, unlabelled in rows if not unlabelled) == list(range(5))
-        assert sum(unlabelled for _, unlabelled in rows) == 1 and len(rows) == 6

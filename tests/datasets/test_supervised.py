@@ -1,6 +1,7 @@
 """Rows -> samples: all formats joined, pictures found, cuts and drops counted, bad rows named, nothing read twice."""
 
 import base64
+import pickle
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,14 +13,13 @@ import pytest
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.files import DatasetEntry, parse_dataset_key
 from paddlemix.datasets.packing import PackedDataset
-from paddlemix.datasets.parallel import map_rows
+from paddlemix.datasets.parallel import BatchLoader
 from paddlemix.datasets.samplers import GlobalBatchSampler, Unlabelled
 from paddlemix.datasets.supervised import SupervisedDataset, image_size
 from paddlemix.errors import UserError
 from paddlemix.processors.images import load_image
 from tests.datasets.tiny import (
     ANYRES,
-    loader,
     mixed_rows,
     picture,
     png_with_exif_behind_its_pixels,
@@ -203,6 +203,17 @@ def test_an_unlabelled_index_gives_the_sample_without_labels(square, tmp_path):
         assert set(silent["labels"]) == {-100} != set(labelled["labels"])
 
 
+def test_a_dataset_can_be_sent_to_another_process(square, tmp_path):
+    """Where workers aren't forked."""
+    template = tmp_path / "chat_template.json"
+    template.write_text('{"conversation": ["Q={{user}};", "A={{bot}}</s>"]}')
+    file = write_rows(tmp_path / "x.json", mixed_rows(tmp_path))
+    dataset = SupervisedDataset([entry(file), entry(file, chat_template=template)], square, 512)
+    copy = pickle.loads(pickle.dumps(dataset))
+    for index in range(len(dataset)):
+        assert copy[index]["input_ids"] == dataset[index]["input_ids"]
+
+
 def test_templates_by_entry_and_by_name(square, tmp_path):
     rows = [{"conversations": [["Q one", "A one"]]}]
     file = write_rows(tmp_path / "x.json", rows)
@@ -241,30 +252,15 @@ def test_thousands_of_rows_in_parallel_as_in_one_process(square, tmp_path):
     assert len(alone) == 3000
 
 
-def test_a_worker_that_dies_is_one_sentence():
-    with pytest.raises(UserError, match="worker process that read the data died"):
-        list(map_rows(_die, 200, 2))
-    assert list(map_rows(str, 200, 2)) == list(map(str, range(200)))
-    assert list(map_rows(str, 0, 2)) == []
-
-
-def _die(index):
-    import os
-
-    if index == 150:
-        os._exit(9)
-    return index
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_row_once_per_epoch_through_the_data_loader(square, tmp_path, workers):
+def test_every_row_once_per_epoch_through_the_loader(square, tmp_path, workers):
     rows = [{"conversations": [["Q", f"Answer {n}"]]} for n in range(23)]
     dataset = dataset_of(square, rows, tmp_path)
     seen = []
     for rank in range(2):
         sampler = GlobalBatchSampler(dataset, 2, num_replicas=2, rank=rank, accumulation_steps=2, seed=3)
         collator = LlavaCollator(square.pad_token_id)
-        for batch in loader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers):
+        for batch in BatchLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers):
             labels = batch["labels"].numpy()
             seen += [square.decode(row[row != -100]) for row in labels if (row != -100).any()]
     assert sorted(seen) == sorted(f"Answer {n}" for n in range(23))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Tuple
 
 import numpy as np
-from paddle.io import DataLoader
 from PIL import Image
 
 from paddlemix.models.llava.configuration import LlavaConfig
@@ -123,8 +122,3 @@ def mixed_rows(folder: Path) -> List[Dict[str, Any]]:
         {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you."}]},
         {"image": "2.png", "conversations": [["Is it tall?\n<image>", "Yes."]]},
     ]
-
-
-def loader(dataset: Any, **kwargs: Any) -> DataLoader:
-    """Without shared memory: in Paddle 3.3.1 workers with it may hang if a loader without workers ran before them."""
-    return DataLoader(dataset, use_shared_memory=False, **kwargs)
