@@ -4,8 +4,9 @@ from typing import Any, Callable, Dict, Iterator, Optional
 
 import numpy as np
 import paddle
-from paddle.io import BatchSampler, DataLoader, Dataset
+from paddle.io import BatchSampler, Dataset
 
+from paddlemix.datasets.parallel import BatchLoader
 from paddlemix.datasets.samplers import Unlabelled
 from paddlemix.models.llava.constants import IGNORE_INDEX
 
@@ -26,10 +27,11 @@ class GlobalBatchLoader:
     in the global batch are known when the first loss is computed.
 
     Args:
-        dataset, collator: as ``paddle.io.DataLoader`` takes them.
+        dataset, collator: as ``BatchLoader`` takes them.
         sampler: gives lists of indices, a multiple of ``accumulation_steps`` in an epoch, and has ``set_epoch``.
-        num_workers: processes that read rows; 0 reads in this one.
+        num_workers: processes that read rows; 0 reads in a thread of this one.
         all_ranks_sum: sums a number over the ranks; None on one rank.
+        before_skipped: is called before each micro-batch that is passed over.
 
     Attributes:
         epoch (int): the epoch that the next iteration gives.
@@ -45,10 +47,12 @@ class GlobalBatchLoader:
         accumulation_steps: int = 1,
         num_workers: int = 0,
         all_ranks_sum: Optional[Callable[[int], int]] = None,
+        before_skipped: Callable[[], Any] = lambda: None,
     ):
         self.dataset, self.sampler, self.collator = dataset, sampler, collator
         self.accumulation_steps, self.num_workers = accumulation_steps, num_workers
         self.all_ranks_sum = all_ranks_sum or (lambda number: number)
+        self.before_skipped = before_skipped
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
@@ -59,8 +63,9 @@ class GlobalBatchLoader:
         batches = list(self.sampler)
         skip, self.skip, self.epoch = self.skip, 0, self.epoch + 1
         for _ in range(skip):
+            self.before_skipped()
             yield None
-        loader = DataLoader(
+        loader = BatchLoader(
             WithoutLabels(self.dataset),
             batch_sampler=_ListedBatches(batches[skip:]),
             collate_fn=self.collator,

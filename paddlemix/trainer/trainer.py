@@ -23,6 +23,7 @@ from paddlenlp.trainer.trainer_callback import ProgressCallback as PaddleProgres
 from paddlenlp.trainer.trainer_utils import ShardingOption, TrainOutput, speed_metrics
 
 from paddlemix.datasets.collator import LlavaCollator
+from paddlemix.datasets.parallel import BatchLoader
 from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSampler
 from paddlemix.errors import UserError
 from paddlemix.trainer.arguments import FinetuneArguments
@@ -179,9 +180,15 @@ class LlavaTrainer(Trainer):
             args.gradient_accumulation_steps,
             args.dataloader_num_workers,
             lambda count: round(self._sum_over_ranks([float(count)])[0]),
+            self._stop_read_timer,
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
+    def _stop_read_timer(self) -> None:
+        """PaddleNLP's loop starts this timer for each batch that it passes over, and fails if it runs already."""
+        if self.timers is not None and self.timers("read-data").started_:
+            self.timers("read-data").stop()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise UserError("there is nothing to evaluate on; give dataset an eval entry, or set do_eval to false.")
@@ -189,7 +196,7 @@ class LlavaTrainer(Trainer):
         sampler = GlobalBatchSampler(
             dataset, args.per_device_eval_batch_size, num_replicas=self._ranks, rank=args.dataset_rank, shuffle=False
         )
-        return paddle.io.DataLoader(
+        return BatchLoader(
             WithoutLabels(dataset),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
