@@ -16,6 +16,7 @@ REQUIRES = [
     "numpy>=1.22,<2",
     "filelock>=3.12",
     "huggingface_hub>=0.26,<1",
+    "jinja2>=3",
     "matplotlib>=3.5",
     "pillow>=10",
     "prompt_toolkit>=3.0.36",
