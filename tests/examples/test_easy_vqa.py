@@ -1,7 +1,6 @@
 """The converter on the published set, as a user runs it."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -17,9 +16,8 @@ SCRIPT = ROOT / "paddlemix" / "examples" / "llava" / "easy_vqa.py"
 
 
 def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
 from paddlemix.errors import UserError
 
 PROMPT = "Answer the question using a single word or phrase."  # LLaVA-1.5's prompt for short answers
