@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -147,18 +148,30 @@ def test_labels_of_easy_vqa_follow_from_its_questions():
     }
 
 
+@pytest.fixture
+def small_easy_vqa(tmp_path):
+    """Ten of easy-VQA's train pictures and their questions."""
+    easy, small = easy_vqa_data.find_easy_vqa(), tmp_path / "easy" / "train"
+    (small / "images").mkdir(parents=True)
+    asked = [item for item in easy_vqa_data.read_questions(easy, "train") if item[2] < 10]
+    (small / "questions.json").write_text(json.dumps(asked))
+    for number in range(10):
+        shutil.copyfile(easy / "train" / "images" / f"{number}.png", small / "images" / f"{number}.png")
+    return small.parent
+
+
 VISION = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8
 )
 
 
-def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch, small_easy_vqa):
     from safetensors.numpy import load_file
 
     from paddlemix.examples.llava.demo_recipe import pretrain_tower
 
     monkeypatch.setattr(pretrain_tower, "VALIDATION_SEEDS", range(900_000_000, 900_000_008))
-    options = dict(vision=VISION, steps=4, batch_size=4, save_minutes=0)
+    options = dict(vision=VISION, steps=4, batch_size=4, save_minutes=0, easy_vqa=str(small_easy_vqa))
     pretrain_tower.pretrain(str(tmp_path / "whole"), **options)
 
     original = pretrain_tower.batch_of_step
@@ -194,7 +207,7 @@ def test_labels_stand_in_the_cell_of_the_objects_centre():
     assert (labels["color"] != pretrain_tower.NOTHING_COLOR).sum() == 4 * len(scene.objects)
 
 
-def test_the_projector_learns_to_write_words():
+def test_the_projector_learns_to_write_words(small_easy_vqa):
     import paddle
 
     from paddlemix.examples.llava.demo_recipe import fit_projector, pretrain_tower
@@ -203,7 +216,7 @@ def test_the_projector_learns_to_write_words():
     vocabulary = {}
     embeddings = random_.randn(60, 48).astype(np.float32)
     words = fit_projector.Words(embeddings, lambda text: [vocabulary.setdefault(text, len(vocabulary))])
-    easy = pretrain_tower.EasyVQAPictures(easy_vqa_data.find_easy_vqa())
+    easy = pretrain_tower.EasyVQAPictures(small_easy_vqa)
     _, labels = pretrain_tower.collate([pretrain_tower.scene_picture(seed) for seed in range(3)])
     targets = fit_projector.word_targets(labels, words)
     assert targets.shape == (3, 64, 48)
