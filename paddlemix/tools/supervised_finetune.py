@@ -90,6 +90,11 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     processor = LlavaProcessor.from_pretrained(folder, config=config, image_aspect_ratio=args.image_aspect_ratio)
     if args.text_model_name_or_path:
         processor.tokenizer = load_tokenizer(checkpoint.resolve(args.text_model_name_or_path))
+        if len(processor.tokenizer) > config.vocab_size:
+            raise UserError(
+                f"text_model_name_or_path names a tokenizer of {len(processor.tokenizer)} ids, but the model has "
+                f"{config.vocab_size}; name one of the model's own family."
+            )
 
     if args.version:
         processor.chat_template = None
@@ -212,6 +217,7 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path) -> Any:
     check_against_adapter(settings, config, adapter)
     options.update(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("rslora", False))
     options["targets"] = config["target_modules"]
+    options["dropout"] = settings.get("lora_dropout", config.get("lora_dropout", 0.0))
     model = add_lora(model, **options)
     load_trained_weights(model, adapter)
     return model
@@ -288,9 +294,11 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
     """The first thing that is written."""
     import paddle.distributed as dist
 
+    from paddlemix.trainer.arguments import SECRETS
     from paddlemix.trainer.run_folder import begin_run, changed_keys, recorded_settings
 
     folder = Path(args.output_dir)
+    settings = {key: value for key, value in settings.items() if key not in SECRETS}
     if plan.action == "resume":
         changed = changed_keys(recorded_settings(folder) or settings, settings)
         if changed and args.should_log:
@@ -356,13 +364,28 @@ def benchmark(trainer: Any, metrics: Dict[str, float]) -> None:
         logger.info("Peak memory: %s", format_bytes(peak))
 
 
+def print_keys() -> None:
+    """The keys that PaddleNLP's TrainingArguments don't have, with their defaults."""
+    from dataclasses import fields
+
+    from paddlemix.trainer.arguments import FinetuneArguments
+
+    own = FinetuneArguments.__annotations__
+    print("\nKeys, beside those of PaddleNLP's TrainingArguments:")
+    for item in fields(FinetuneArguments):
+        if item.name in own:
+            default = "" if item.default is None else f" [{item.default}]"
+            print(f"  {item.name}{default}: {item.metadata.get('help', '')}")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return 0 if argv else 1
     prepare_cpu()
     quiet_start()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        print_keys()
+        return 0 if argv else 1
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("paddlemix").setLevel(logging.INFO)
     try:

@@ -7,6 +7,7 @@ and data beside them.
 
 import difflib
 import json
+import os
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
@@ -19,7 +20,7 @@ from paddlenlp.trainer.trainer_utils import OptimizerNames, SchedulerType, Shard
 
 from paddlemix.errors import UserError
 
-__all__ = ["FinetuneArguments", "read_settings", "default_device"]
+__all__ = ["SECRETS", "FinetuneArguments", "check_device", "default_device", "read_settings"]
 
 # Keys of PaddleNLP's TrainingArguments that steer an engine this tool doesn't have; each with what serves instead.
 # They may stand in a file at their default, which is what most files that hold them say.
@@ -105,6 +106,8 @@ ONE_OF = {
     "device": None,  # checked against what Paddle has
 }
 
+SECRETS = frozenset(["wandb_api_key"])  # never written to a file
+
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 # What report_to may name, and the module that each needs.
@@ -185,6 +188,9 @@ class FinetuneArguments(TrainingArguments):
     output_dir: Optional[str] = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
 
     def __post_init__(self):
+        self.device = check_device(vars(self))
+        if self.run_name is not None and self.logging_dir is None and self.output_dir is not None:
+            self.logging_dir = os.path.join(self.output_dir, "runs", self.run_name)
         if self.do_train is None:
             self.do_train = not (self.do_eval or self.do_predict)
         evaluates = IntervalStrategy(self.evaluation_strategy) != IntervalStrategy.NO
@@ -209,6 +215,10 @@ class FinetuneArguments(TrainingArguments):
         if self.fp16_opt_level != "O2" or not (self.fp16 or self.bf16):
             return "float32"
         return "float16" if self.fp16 else "bfloat16"
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Settings as they may be shown: the key of an account isn't among them."""
+        return {key: value for key, value in super().to_dict().items() if key not in SECRETS}
 
     def to_sanitized_dict(self) -> Dict[str, Any]:
         """Settings for the reporting integrations; VisualDL's writer takes no booleans."""

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional
 from paddlenlp.trainer import TrainerCallback
 from tqdm.auto import tqdm
 
-__all__ = ["LogFileCallback", "ProgressCallback", "StopCallback", "read_log", "plot_loss"]
+__all__ = ["LogFileCallback", "MetricsFileCallback", "ProgressCallback", "StopCallback", "read_log", "plot_loss"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,16 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.time(), state.global_step
-        if state.is_world_process_zero and not self.disable_bar:
+        if args.should_log and not self.disable_bar:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, metrics_dumper=None, **kwargs):
-        if not state.is_world_process_zero:
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not args.should_log:
             return
-        if metrics_dumper is not None:
-            metrics_dumper.append(dict(logs))
         if self.bar is not None:
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=True)
@@ -65,9 +63,7 @@ class ProgressCallback(TrainerCallback):
             left = f", {_duration(seconds)} left"
         return f"step {state.global_step}/{state.max_steps}: {text}{left}"
 
-    def on_train_end(self, args, state, control, metrics_dumper=None, **kwargs):
-        if metrics_dumper is not None:
-            metrics_dumper.close()
+    def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -90,6 +86,22 @@ class LogFileCallback(TrainerCallback):
         entry.update({k: v for k, v in logs.items() if k not in ("global_step", "progress_or_epoch")})
         with open(Path(args.output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class MetricsFileCallback(TrainerCallback):
+    """``metrics_output_path``: every log as it is, one JSON line each, in ``metrics_rankR.json``.
+
+    In place of PaddleNLP's writer, a process of its own that a killed run leaves behind.
+    """
+
+    def __init__(self, folder: str, rank: int):
+        self.file = Path(folder) / f"metrics_rank{rank}.json"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(logs, default=str) + "\n")
 
 
 class StopCallback(TrainerCallback):

@@ -75,6 +75,9 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     resume = settings.get("resume_from_checkpoint")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir names {folder}, which is a file; expected a folder.")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"output_dir names {folder}, but nothing can be written to {there}.")
     held = sorted(path for path in folder.iterdir() if not path.name.startswith(PARTIAL)) if folder.exists() else []
     run = _read_run(folder)
     if held and run is None and not overwrite:

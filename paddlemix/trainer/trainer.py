@@ -28,7 +28,7 @@ from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSample
 from paddlemix.errors import UserError
 from paddlemix.trainer.arguments import FinetuneArguments
 from paddlemix.trainer.batches import COUNT_KEY, GlobalBatchLoader, WithoutLabels
-from paddlemix.trainer.callbacks import LogFileCallback, ProgressCallback, StopCallback
+from paddlemix.trainer.callbacks import LogFileCallback, MetricsFileCallback, ProgressCallback, StopCallback
 from paddlemix.trainer.evaluation import evaluate_answers, evaluate_loss
 from paddlemix.trainer.freezing import named_model_parameters, part_of
 from paddlemix.trainer.noise import EmbeddingNoise
@@ -95,6 +95,7 @@ class LlavaTrainer(Trainer):
             raise UserError(
                 "eval_with_do_generation doesn't go with sharding stage3, whose devices must step together; use stage2."
             )
+        metrics_path, args.metrics_output_path = args.metrics_output_path, None
         super().__init__(
             model=model,
             args=args,
@@ -103,6 +104,14 @@ class LlavaTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=[LogFileCallback()],
         )
+        args.metrics_output_path = metrics_path
+        # PaddleNLP's timers are the process's, so another trainer may have switched them on, or left one running
+        if args.skip_profile_timer:
+            self.timers = None
+        for timer in self.timers.timers.values() if self.timers is not None else ():
+            timer.reset()
+        if metrics_path is not None:
+            self.add_callback(MetricsFileCallback(metrics_path, args.process_index))
         for bare in (PrinterCallback, PaddleProgressCallback):
             self.remove_callback(bare)
         self.add_callback(ProgressCallback(args.disable_tqdm))
@@ -447,6 +456,12 @@ class LlavaTrainer(Trainer):
             if logs.get("interval_runtime"):
                 logs["tokens_per_second"] = round(tokens / logs["interval_runtime"], 2)
         super().log(logs, **kwargs)
+
+    def _print_timer(self) -> None:
+        """``skip_profile_timer: false``: where the time of a step went."""
+        if self.timers is not None:
+            times = self.timers.log(self.timers.timers.keys(), reset=True)
+            logger.info("step %d, milliseconds: %s", self.state.global_step, times)
 
     def log_trained_tokens(self) -> None:
         """``count_trained_tokens``: what the base class counts, summed over the ranks."""

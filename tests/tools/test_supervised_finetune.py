@@ -21,6 +21,7 @@ from paddlemix.processors.llava import LlavaProcessor
 from paddlemix.tools.merge_lora_params import main as merge_main
 from paddlemix.tools.supervised_finetune import main, run
 from paddlemix.trainer.callbacks import read_log
+from tests.trainer.test_arguments import TOOLKIT
 from tests.trainer.tiny import colour_data, tiny_checkpoint
 
 TOOL = Path(__file__).parents[2] / "paddlemix" / "tools" / "supervised_finetune.py"
@@ -454,3 +455,31 @@ def test_a_model_without_a_projector_gets_a_new_one_to_align(room, tmp_path):
     for name in ("adapter", "more"):
         beside = load_file(tmp_path / name / "non_lora_state.safetensors")
         assert len(beside) == 4 and all((value == aligned[key]).all() for key, value in beside.items())
+
+
+def test_a_toolkit_file_runs_as_it_is(room, tmp_path, monkeypatch):
+    """Paths as the toolkit's files have them, relative to the working directory; only the model's name is another."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(room / "data", tmp_path, dirs_exist_ok=True)
+    shutil.copyfile(room / "data" / "eval.json", "val.json")
+    system = "A chat. "
+    chat_template(
+        tmp_path, "chat_template.json", system=system, conversation=["USER: {{user}} ", "ASSISTANT: {{bot}}</s>"]
+    )
+    (tmp_path / "lora.json").write_text(json.dumps({**TOOLKIT, "max_length": 512, "version": None}))
+    overrides = ["--model_name_or_path", str(room / "base"), "--freeze_include", "null", "--freeze_exclude", "null"]
+    assert main(["lora.json", *overrides]) == 0
+    output = tmp_path / "checkpoints" / "llava_sft_ckpts"
+    log = read_log(output / "train_log.jsonl")
+    assert [entry["step"] for entry in log] == list(range(1, 13)) and "eval_loss" not in log[-1]
+    assert (output / "checkpoint-12").is_dir() and answer(output, room)[1].shape[-1] == 264
+    assert json.loads((output / "lora_config.json").read_text())["target_modules"] == TOOLKIT["lora_target_modules"]
+    # "overwrite_output_dir": true trains the finished run again
+    assert main(["lora.json", *overrides, "--max_steps", "1"]) == 0
+    assert len(read_log(output / "train_log.jsonl")) == 1 and not (output / "checkpoint-12").exists()
+
+
+def test_help_lists_the_keys(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "CONFIG.json" in text and "lora_rank [8]" in text and "mm_projector_lr:" in text

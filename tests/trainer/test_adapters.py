@@ -107,6 +107,19 @@ def test_learning_rates_by_part(tmp_path):
     np.testing.assert_allclose(moved[tower], 5e-5, rtol=0.02)
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+def test_one_projection_alone_learns_from_text_alone(tmp_path, name):
+    """With the embeddings fixed, some inputs of the first layer's attention need no gradient."""
+    model = add_lora(tiny_model(), targets=[f"llama.layers.0.*{name}"], dropout=0.0)
+    select_trained(model, lora=True)
+    args = FinetuneArguments(
+        output_dir=str(tmp_path), device="cpu", max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    LlavaTrainer(model, args, Samples(samples(4, text_only=1.0))).train()
+    (moved,) = (value for key, value in named_model_parameters(model) if key.endswith("lora_B"))
+    assert float(moved.abs().max()) > 0
+
+
 def test_lora_plus_speeds_up_b(tmp_path):
     model = add_lora(tiny_model(), dropout=0.0)
     for name, parameter in named_model_parameters(model):

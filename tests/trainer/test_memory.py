@@ -28,7 +28,10 @@ def saved_bytes(model):
     held = {}
 
     def pack(tensor):
-        held[tensor.data_ptr()] = (tensor, tensor.size * tensor.element_size())  # held, so that no address is used twice
+        held[tensor.data_ptr()] = (
+            tensor,
+            tensor.size * tensor.element_size(),
+        )  # held, so that no address is used twice
         return tensor
 
     with paddle.autograd.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -108,6 +108,7 @@ class _LeanAttention(PyLayer):
         context = paddle.matmul(_probabilities(query, key, bias, rows), value)
         ctx.save_for_backward(query, key, value, context)
         ctx.bias, ctx.rows = bias, rows
+        ctx.fixed = [tensor.stop_gradient for tensor in (query, key, value)]
         return context
 
     @staticmethod
@@ -120,7 +121,8 @@ class _LeanAttention(PyLayer):
         scale = query.shape[-1] ** -0.5
         grad_query = paddle.matmul(grad_scores, key) * scale
         grad_key = paddle.matmul(grad_scores, query, transpose_x=True) * scale
-        grads = (grad_query, grad_key, grad_value)
+        # a PyLayer must give None where no gradient is asked for, as with adapters on some projections only
+        grads = tuple(None if fixed else g for fixed, g in zip(ctx.fixed, (grad_query, grad_key, grad_value)))
         return grads if ctx.bias is None else (*grads, None)
 
 
