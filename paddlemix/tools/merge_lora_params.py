@@ -110,6 +110,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        from paddlemix.trainer.run_folder import UNWRITABLE
+
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
+        return 1
     return 0
 
 

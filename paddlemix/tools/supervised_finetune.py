@@ -216,7 +216,8 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path) -> Any:
     config = read_lora_config(adapter)
     check_against_adapter(settings, config, adapter)
     options.update(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("rslora", False))
-    options["targets"] = config["target_modules"]
+    targets = config["target_modules"]
+    options["targets"] = [targets] if isinstance(targets, str) else targets
     options["dropout"] = settings.get("lora_dropout", config.get("lora_dropout", 0.0))
     model = add_lora(model, **options)
     load_trained_weights(model, adapter)
@@ -392,6 +393,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        from paddlemix.trainer.run_folder import UNWRITABLE
+
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted before a checkpoint was saved.", file=sys.stderr)

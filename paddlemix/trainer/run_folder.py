@@ -5,6 +5,7 @@ file's size and checksum, so that one which was cut short or damaged later is to
 No paddle here: a folder is judged before anything heavy starts.
 """
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from paddlemix.errors import UserError
 
 __all__ = [
     "MARKER",
+    "UNWRITABLE",
     "RunPlan",
     "find_checkpoint",
     "is_whole",
@@ -33,6 +35,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint_complete.json"
+UNWRITABLE = frozenset(
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM]
+)  # the disk's fault, not ours
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed

@@ -423,6 +423,14 @@ class LlavaTrainer(Trainer):
                 resume_from_checkpoint,
                 ignore_keys_for_eval,
             )
+        except UserError:
+            # a signal to the whole process group ends the processes that read the data, too
+            if self.stopper.signal_number is None or self._running_loss is None or args.world_size > 1:
+                raise
+            self._save_checkpoint(model)
+            self.stopper.stopped = True
+            self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+            output = TrainOutput(self.state.global_step, float("nan"), {})
         finally:
             args.load_best_model_at_end = best_at_end
         if best_at_end and self.state.best_model_checkpoint and not self.interrupted:

@@ -1,6 +1,7 @@
 """The weights of a run on disk: a whole model, or an adapter with what was trained beside it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Dict
 
@@ -9,6 +10,7 @@ from paddle import nn
 from paddlenlp.peft import LoRAModel
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.checkpoint import LORA_WEIGHTS
 from paddlemix.models.llava.tensor_files import (
     StoredTensor,
     TensorSpec,
@@ -62,7 +64,11 @@ def load_trained_weights(model: nn.Layer, folder: Path) -> None:
     """
     known = dict(named_model_parameters(model))
     if isinstance(model, LoRAModel):
-        stored = open_tensor_file(folder / LORA_FILE)
+        files = [folder / name for name in LORA_WEIGHTS if (folder / name).is_file()]
+        if not files:
+            raise UserError(f"{folder} holds no adapter; expected {' or '.join(LORA_WEIGHTS)}.")
+        # LoRAModel's own prefix, which PaddleNLP's files may have
+        stored = {re.sub(r"^model\.(?=llama\.|lm_head\.)", "", k): v for k, v in open_tensor_file(files[0]).items()}
         if (folder / BESIDE_FILE).exists():
             stored = {**stored, **open_tensor_file(folder / BESIDE_FILE)}
         expected = {name for name, parameter in known.items() if part_of(name) == "LoRA adapters"}

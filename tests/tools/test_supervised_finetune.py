@@ -150,6 +150,20 @@ def test_a_run_goes_on_from_an_adapter(room, lora_run, tmp_path):
         run([other])
 
 
+def test_a_run_goes_on_from_an_adapter_of_paddlenlp(room, lora_run, tmp_path):
+    """``lora_model_state.pdparams``, as LoRAModel.save_pretrained writes it."""
+    shutil.copytree(lora_run, tmp_path / "old")
+    state = load_file(tmp_path / "old" / "lora_model_state.safetensors")
+    paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "old" / "lora_model_state.pdparams"))  # fmt: skip
+    (tmp_path / "old" / "lora_model_state.safetensors").unlink()
+    config = configure(
+        room, tmp_path / "more", lora=True, lora_path=str(tmp_path / "old"), max_steps=1, learning_rate=0.0
+    )
+    assert run([config]) == 0
+    after = load_file(tmp_path / "more" / "lora_model_state.safetensors")
+    assert after.keys() == state.keys() and all((after[name] == state[name]).all() for name in state)
+
+
 def test_a_full_run_opens_and_has_learned(room, tmp_path):
     config = configure(
         room, tmp_path / "out", max_steps=30, save_steps=15, mixtoken=True, per_device_train_batch_size=2
@@ -292,9 +306,10 @@ def environment():
     return {**os.environ, "FLAGS_paddle_num_threads": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def start(config, *more, launcher=()):
-    command = [sys.executable, *launcher, str(TOOL), config, *more]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(config, launcher=(), **options):
+    command = [sys.executable, *launcher, str(TOOL), config]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def wait_until(process, happened, seconds=120):
@@ -345,11 +360,12 @@ def test_killed_while_saving_and_between_it_ends_like_a_run_that_was_not(room, t
 
 
 def test_sigterm_saves_first(room, tmp_path):
-    config = configure(room, tmp_path / "out", max_steps=500, save_steps=400)
-    process = start(config)
-    assert wait_until(process, (tmp_path / "out" / "train_log.jsonl").exists), process.stdout.read()
-    wait_until(process, lambda: len(read_log(tmp_path / "out" / "train_log.jsonl")) > 2)
-    process.send_signal(signal.SIGTERM)
+    """To the whole process group, as batch systems send it: the processes that read the data get it too."""
+    config = configure(room, tmp_path / "out", max_steps=500, save_steps=400, dataloader_num_workers=2)
+    process = start(config, start_new_session=True)
+    log = tmp_path / "out" / "train_log.jsonl"
+    assert wait_until(process, lambda: len(read_log(log)) > 2), process.stdout.read()
+    os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text, text
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
@@ -357,34 +373,44 @@ def test_sigterm_saves_first(room, tmp_path):
     assert answer(checkpoint, room)[1].shape[-1] == 264
 
 
-def test_two_ranks_train_to_the_losses_of_one(room, tmp_path):
-    # 12 rows: global batches of 8 and 4, text-only rows among them, so that a rank may have no picture in a step
+@pytest.fixture(scope="module")
+def one_rank(room):
+    """12 rows: global batches of 8 and 4, text-only rows among them, so that a rank may have no picture in a step."""
     options = dict(max_steps=4, lora=True, lora_dropout=0.0, save_steps=2, dataset=with_eval(room), do_eval=True)
     options.update(evaluation_strategy="steps", eval_steps=4, eval_with_do_generation=True)
-    one = configure(room, tmp_path / "one", per_device_train_batch_size=8, **options)
-    assert run([one]) == 0
-    two = configure(room, tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    output = room / "runs" / "one"
+    assert run([configure(room, output, per_device_train_batch_size=8, **options)]) == 0
+    return output, options
+
+
+@pytest.mark.parametrize("sharding", ["", "stage1"])
+def test_two_ranks_train_to_the_losses_of_one(room, one_rank, tmp_path, sharding):
+    one, options = one_rank
+    two = tmp_path / "two"
+    config = configure(
+        room, two, per_device_train_batch_size=2, gradient_accumulation_steps=2, sharding=sharding, **options
+    )
     launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    process = start(two, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
-    text, _ = process.communicate(timeout=180)
-    logs = "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
-    assert process.returncode == 0, text + logs
+    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
+    text, _ = process.communicate(timeout=240)
+    text += "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
+    assert process.returncode == 0, text
     keys = ("step", "loss", "supervised_tokens", "eval_loss", "eval_token_accuracy", "eval_exact_match")
-    logs = {}
-    for name in ("one", "two"):
-        logs[name] = read_log(tmp_path / name / "train_log.jsonl")
-    assert len(logs["one"]) == len(logs["two"]) == 5
-    for first, second in zip(logs["one"], logs["two"]):
+    logs = [read_log(folder / "train_log.jsonl") for folder in (one, two)]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for first, second in zip(*logs):
         for key in keys:
             assert (key in first) == (key in second)
             if key in first:
                 assert abs(first[key] - second[key]) < 1e-5, (key, first, second)
-    predicted = [(tmp_path / name / "eval_predictions-4.jsonl").read_text() for name in ("one", "two")]
+    predicted = [(folder / "eval_predictions-4.jsonl").read_text() for folder in (one, two)]
     assert predicted[0] == predicted[1]
-    first, second = (outcome(tmp_path / name, ("step",))[1] for name in ("one", "two"))
+    first, second = (outcome(folder, ("step",))[1] for folder in (one, two))
     for file in first:
         for name, value in first[file].items():
             np.testing.assert_allclose(second[file][name], value, atol=1e-5, err_msg=name)
+    optimizers = {path.name for path in (two / "checkpoint-4").glob("optimizer*")}
+    assert len(optimizers) == (2 if sharding else 1)
 
 
 def chat_template(folder, name, **values):
