@@ -10,6 +10,7 @@ TESTS ?= tests
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 TEST := $(VENV)/.installed-test
+RUFF := $(VENV)/.installed-ruff
 CHECKED := paddlemix tests benchmarks setup.py
 
 .PHONY: help chat test check format clean
@@ -28,11 +29,11 @@ chat: $(BASE)
 test: $(TEST)
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
-check: $(TEST)
+check: $(RUFF)
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/ruff format --check $(wildcard $(CHECKED))
 
-format: $(TEST)
+format: $(RUFF)
 	$(BIN)/ruff check --fix $(wildcard $(CHECKED))
 	$(BIN)/ruff format $(wildcard $(CHECKED))
 
@@ -46,14 +47,17 @@ TEST_DATA := wordllama==0.4.0.post1
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-$(BASE): setup.py pyproject.toml
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -c \
-		'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || { \
+# made anew if an earlier attempt was broken off
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || { \
 		echo "error: $(PYTHON) is not Python 3.9 to 3.12, which Paddle and PaddleNLP are made for;" \
 			"name one that is, for example: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
-	@echo "Installing into $(VENV): about 1.8 GB, one to two minutes on a fast line, done once."
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear "$(VENV)" || { \
+	@$(PYTHON) -m venv --clear "$(VENV)" || { \
 		echo "error: $(PYTHON) can't make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(BASE): setup.py pyproject.toml | $(VENV)/.made
+	@echo "Installing into $(VENV): about 1.8 GB, one to two minutes on a fast line, done once."
 	$(PIP) -e ".[cpu,demo]"
 	$(PIP) --no-deps $(DEMO_DATA)
 	@touch $@
@@ -61,4 +65,9 @@ $(BASE): setup.py pyproject.toml
 $(TEST): $(BASE)
 	$(PIP) -e ".[cpu,demo,test]"
 	$(PIP) --no-deps $(TEST_DATA)
+	@touch $@
+
+# lint and formatting need nothing else, so that they are quick on a bare clone
+$(RUFF): setup.py | $(VENV)/.made
+	$(PIP) "$$(sed -n 's/.*"\(ruff[^"]*\)".*/\1/p' setup.py)"
 	@touch $@

@@ -38,7 +38,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pexpect>=4.9",
-        "ruff>=0.14",
+        "ruff>=0.17,<0.18",  # another minor version may format differently
     ],
 }
 EXTRAS["dev"] = EXTRAS["test"] + ["pre-commit>=3.5"]
