@@ -186,6 +186,20 @@ class FinetuneArguments(TrainingArguments):
         default=None, metadata={"help": "Evaluate; default true if evaluation_strategy is steps or epoch."}
     )
     output_dir: Optional[str] = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Train in a folder that holds other files, another run or a finished one; an unfinished run with the "
+            "same settings is still gone on with."
+        },
+    )
+    resume_from_checkpoint: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Folder of a checkpoint; true for the last whole one in output_dir, false to begin afresh. By default "
+            "an unfinished run in output_dir is gone on with."
+        },
+    )
 
     def __post_init__(self):
         self.device = check_device(vars(self))
