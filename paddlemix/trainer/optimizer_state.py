@@ -15,7 +15,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.tensor_files import TensorSpec, open_tensor_file, write_safetensors
 from paddlemix.trainer.freezing import named_model_parameters
 
-__all__ = ["load_optimizer", "save_optimizer", "to_numpy", "to_tensor"]
+__all__ = ["load_optimizer", "save_optimizer", "to_numpy", "to_tensor", "write_tensors"]
 
 MASTER = "master_weights"
 
@@ -42,9 +42,14 @@ def save_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
             held.update({f"{names[name]}/{MASTER}": tensor for name, tensor in value.items()})
         elif isinstance(value, paddle.Tensor):
             held[_structured(key, names)] = value
-    arrays = {key: to_numpy(held[key]) for key in sorted(held)}
-    specs = {key: TensorSpec(dtype, tuple(array.shape)) for key, (dtype, array) in arrays.items()}
-    write_safetensors(path, specs, ((key, array) for key, (_, array) in arrays.items()))
+    write_tensors(path, held)
+
+
+def write_tensors(path: Path, tensors: Dict[str, paddle.Tensor]) -> None:
+    """A safetensors file, written tensor by tensor: one of them at a time is copied."""
+    names = sorted(tensors)
+    specs = {name: TensorSpec(str(tensors[name].dtype).split(".")[-1], tuple(tensors[name].shape)) for name in names}
+    write_safetensors(path, specs, ((name, to_numpy(tensors[name])[1]) for name in names))
 
 
 def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import paddle
 from paddle import nn
@@ -13,13 +13,11 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.checkpoint import LORA_WEIGHTS
 from paddlemix.models.llava.tensor_files import (
     StoredTensor,
-    TensorSpec,
     open_tensor_file,
     open_weights,
-    write_safetensors,
 )
 from paddlemix.trainer.freezing import named_model_parameters, part_of
-from paddlemix.trainer.optimizer_state import to_numpy, to_tensor
+from paddlemix.trainer.optimizer_state import to_tensor, write_tensors
 
 __all__ = ["load_trained_weights", "mark_differing", "save_trained_weights"]
 
@@ -45,9 +43,9 @@ def save_trained_weights(model: nn.Layer, folder: Path) -> None:
             adapters[name] = parameter
         elif not parameter.stop_gradient or getattr(parameter, "differs_from_base", False):
             beside[name] = parameter
-    _write(folder / LORA_FILE, adapters)
+    write_tensors(folder / LORA_FILE, adapters)
     if beside:
-        _write(folder / BESIDE_FILE, beside)
+        write_tensors(folder / BESIDE_FILE, beside)
     config = model.lora_config.to_dict()
     config["scaling"] = model.lora_config.scaling
     (folder / "lora_config.json").write_text(
@@ -95,9 +93,3 @@ def put(parameter: Any, name: str, tensor: StoredTensor, source: Path) -> None:
         )
     with paddle.no_grad():
         parameter.set_value(to_tensor(tensor.dtype, tensor.read()).astype(parameter.dtype))
-
-
-def _write(path: Path, parameters: Dict[str, Any]) -> None:
-    arrays = {name: to_numpy(parameters[name]) for name in sorted(parameters)}
-    specs = {name: TensorSpec(dtype, tuple(array.shape)) for name, (dtype, array) in arrays.items()}
-    write_safetensors(path, specs, ((name, array) for name, (_, array) in arrays.items()))
