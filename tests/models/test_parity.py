@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import paddle
+import PIL
 import pytest
 
 from paddlemix.models.llava import checkpoint, layouts
@@ -18,6 +19,8 @@ from tests.support import FIXTURES
 
 KINDS = ("llava", "llava_next")
 GOLDEN = dict(np.load(FIXTURES / "parity_golden.npz"))
+if int(PIL.__version__.split(".")[0]) < 13:  # which rounds differently where it shrinks a tall picture
+    GOLDEN.update(np.load(FIXTURES / "parity_golden_before_pillow13.npz"))
 EVERY_CASE = [(kind, case) for kind in KINDS for case in tiny.CASES[kind]]
 
 
