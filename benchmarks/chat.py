@@ -71,6 +71,7 @@ def measure(shape, arguments):
         for repeat in range(repeats + 1):
             for side, (_, _, extra) in sides.items():
                 answer = workers[side].ask(**request, **(extra if request["do"] == "chat" else {}))
+                print(f"{request} {side}: {answer}"[:300], file=sys.stderr, flush=True)
                 if repeat:
                     collected[side].append(answer)
         return collected
@@ -80,7 +81,9 @@ def measure(shape, arguments):
     for side, answers in collected.items():
         for turn in range(TURNS):
             figures[side][f"first token, turn {turn + 1} (s)"] = statistics.median(a["first"][turn] for a in answers)
-    stock = [workers["transformers"].ask(do="chat", turns=TURNS, keep_cache=False) for _ in range(2)][1:]
+    stock = [
+        workers["transformers"].ask(do="chat", turns=TURNS, keep_cache=False) for _ in range(arguments.stock_repeats)
+    ]
     figures["transformers, stock"] = {
         f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in stock) for turn in range(TURNS)
     }
@@ -118,6 +121,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load-repeats", type=int, default=3)
+    parser.add_argument("--stock-repeats", type=int, default=2, help="chats of transformers without a kept cache")
     parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
     parser.add_argument("--batch", type=int, default=8, help="rows of the batch figure; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=2)
