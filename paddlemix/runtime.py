@@ -19,6 +19,7 @@ logger = logging.getLogger("paddlemix.runtime")
 
 CPU_INFO = Path("/proc/cpuinfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 def prepare_cpu() -> List[str]:
@@ -28,6 +29,8 @@ def prepare_cpu() -> List[str]:
       computes with one thread.
     - ``MKL_DEBUG_CPU_TYPE=5``, on AMD processors only: the MKL in Paddle's wheel otherwise takes a path of SSE
       instructions there.
+    - ``FLAGS_use_stride_kernel=0``, where there is no NVIDIA device: with views of any stride, which Paddle makes by
+      itself, each transpose is copied later by a kernel that takes thirty times as long.
     - glibc's allocator keeps freed blocks of up to 32 MB: as it comes it gives every tensor of some megabytes back to
       the system at once, and half of the time of an elementwise kernel goes into fresh pages.
 
@@ -44,6 +47,8 @@ def prepare_cpu() -> List[str]:
         wanted = {}
     if _cpu_vendor() == "AuthenticAMD":
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"
+    if not NVIDIA_DRIVER.exists():
+        wanted["FLAGS_use_stride_kernel"] = "0"
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changed)
     return [f"{name}={value}" for name, value in changed.items()] + _keep_freed_memory()

@@ -12,7 +12,14 @@ from paddlemix import runtime
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-NAMES = ("FLAGS_paddle_num_threads", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE")
+NAMES = (
+    "FLAGS_paddle_num_threads",
+    "FLAGS_use_stride_kernel",
+    "MKL_NUM_THREADS",
+    "MKL_DEBUG_CPU_TYPE",
+    "OMP_NUM_THREADS",
+    "PADDLE_LOCAL_SIZE",
+)
 
 
 def run(code, **environment):
@@ -35,10 +42,13 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(runtime, "_physical_cores", lambda allowed: len(allowed))
 
-    def describe(vendor="GenuineIntel", limit=None):
+    def describe(vendor="GenuineIntel", limit=None, nvidia=True):
         monkeypatch.setattr(runtime, "CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setattr(runtime, "CONTAINER_LIMIT", tmp_path / "cpu.max")
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
+        driver = tmp_path / "nvidiactl"
+        monkeypatch.setattr(runtime, "NVIDIA_DRIVER", driver)
+        driver.touch() if nvidia else driver.unlink(missing_ok=True)
         if limit is not None:
             (tmp_path / "cpu.max").write_text(limit + "\n")
 
@@ -55,6 +65,12 @@ def test_the_allocator_keeps_what_is_freed():
     fresh = "from paddlemix.runtime import prepare_cpu; print(prepare_cpu()[-2:])"
     assert run(fresh).stdout == "['M_MMAP_THRESHOLD=33554432', 'M_TRIM_THRESHOLD=536870912']\n"
     assert "M_TRIM_THRESHOLD" not in run(fresh, MALLOC_TRIM_THRESHOLD_="1000000").stdout
+
+
+def test_views_are_copied_at_once_where_there_is_no_gpu(machine):
+    assert "FLAGS_use_stride_kernel=0" not in runtime.prepare_cpu()
+    machine(nvidia=False)
+    assert "FLAGS_use_stride_kernel=0" in runtime.prepare_cpu()
 
 
 def test_mkl_path_is_for_amd_only(machine):

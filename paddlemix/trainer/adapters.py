@@ -100,6 +100,8 @@ def add_lora(
         lora_dropout=dropout,
         rslora=rslora,
         dtype=dtype,
+        use_quick_lora=dropout == 0.0
+        and dtype == "float32",  # the same product by one matrix; rounds in half precision
         base_model_name_or_path=base,
     )
     wrapped = LoRAModel(model, config)

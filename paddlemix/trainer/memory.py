@@ -5,6 +5,7 @@ from typing import Dict, Optional
 import paddle
 from paddle import nn
 
+from paddlemix.models.llava.attention import BLOCK
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.trainer.freezing import named_model_parameters
 
@@ -33,9 +34,9 @@ def estimate_memory(
     """Bytes on one device for weights, gradients, optimizer and activations.
 
     The first three are counted from the parameters. Activations are what the backward pass keeps of one micro-batch:
-    per token and decoder layer 6 D + (3 H + 2 G) K + 3 F numbers, with LoRA's dropout 5/4 (6 D + F) more; or with
-    ``recompute`` the layers' inputs and one layer; the scores of one layer, three times, unless attention is fused; and
-    three times the labelled tokens' logits. test_memory.py holds this against the tensors that Paddle saves.
+    per token and decoder layer 4 D + (3 H + 2 G) K + 3 F numbers, with LoRA's dropout 5/4 (6 D + F) more; or with
+    ``recompute`` the layers' inputs and one layer; the scores of one block of one layer, three times, unless attention is
+    fused; and three times the labelled tokens' logits. test_memory.py holds this against the tensors that Paddle saves.
 
     Args:
         rows, tokens: of the longest micro-batch, [rows, tokens].
@@ -65,12 +66,12 @@ def estimate_memory(
 
     unit = _BYTES.get(compute_dtype or dtype, 4)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer = 6 * config.hidden_size + (3 * heads + 2 * groups) * width + 3 * config.intermediate_size
+    layer = 4 * config.hidden_size + (3 * heads + 2 * groups) * width + 3 * config.intermediate_size
     layer += 5 * (6 * config.hidden_size + config.intermediate_size) // 4 if lora_dropout else 0
     layers = config.num_hidden_layers
     kept = (layers * config.hidden_size + layer) if recompute else layers * layer
     activations = rows * tokens * kept * unit + 3 * labelled * config.vocab_size * 4
-    activations += 0 if config.use_flash_attention else 3 * rows * heads * tokens * tokens * unit
+    activations += 0 if config.use_flash_attention else 3 * rows * heads * min(tokens, BLOCK) * tokens * unit
     if tiles and config.vision is not None:
         vision = config.vision
         seen = vision.num_patches + 1

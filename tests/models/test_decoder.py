@@ -133,7 +133,7 @@ def test_gradients_of_attention_equal_those_of_its_formula(heads, groups, masked
             probabilities = paddle.nn.functional.softmax(scores if bias is None else scores + bias, axis=-1)
             context = paddle.matmul(probabilities, values)
         else:
-            context = attention.attend(query, key, value, causal=True, bias=bias)
+            context = attention.attend(query, key, value, mask=attention.AttentionMask(causal=True, bias=bias))
         (context * weights).sum().backward()
         gradients.append([x.grad.numpy().copy() for x in (query, key, value)])
         for x in (query, key, value):

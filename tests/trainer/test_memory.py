@@ -9,7 +9,7 @@ from paddlemix.trainer.memory import available_memory, estimate_memory, format_b
 from tests.trainer.tiny import tiny_model
 
 ROWS, TOKENS, LEARNED = 2, 128, 16
-SIZES = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, vocab_size=512)
+SIZES = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4, vocab_size=512)
 
 
 def build(lora=False):

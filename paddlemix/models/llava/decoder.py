@@ -9,12 +9,11 @@ from typing import Optional, Tuple
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
-from paddle.incubate.nn.functional import fused_rms_norm
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.attention import attend, masked_score
+from paddlemix.models.llava.attention import AttentionMask, attend, masked_score
 from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.lean import Rotation, rms_norm, rotate, swiglu, turn
 
 __all__ = ["KVCache", "LlamaDecoder", "RotaryEmbedding"]
 
@@ -135,33 +134,6 @@ class RotaryEmbedding:
         return angle.cos(), angle.sin()
 
 
-def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
-    """Rotates pairs (i, i + K/2) of [B, H, T, K] by their positions' angles."""
-    if paddle.is_grad_enabled() and not x.stop_gradient:
-        return _Rotation.apply(x, cos, sin)
-    return _rotate(x, cos, sin)
-
-
-def _rotate(x, cos, sin):
-    half = x.shape[-1] // 2
-    turned = paddle.concat([-x[..., half:], x[..., :half]], axis=-1)
-    return x * cos + turned * sin
-
-
-class _Rotation(PyLayer):
-    """A rotation is undone by the opposite angle, so the backward pass needs nothing of what was rotated."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.tables = cos, sin
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.tables
-        return _rotate(grad, cos, -sin), None, None
-
-
 class LlamaRMSNorm(nn.Layer):
     """Root mean square norm (Zhang & Sennrich, 2019), computed in float32."""
 
@@ -171,12 +143,7 @@ class LlamaRMSNorm(nn.Layer):
         self.epsilon = epsilon
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if not paddle.is_grad_enabled():
-            # one kernel for seven; on CPU it has no gradient
-            return fused_rms_norm(x, self.weight, None, self.epsilon, begin_norm_axis=x.ndim - 1)[0]
-        wide = x.astype("float32")
-        wide = wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 def project(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
@@ -194,35 +161,35 @@ class LlamaAttention(nn.Layer):
         self.v_proj = nn.Linear(width, self.groups * self.width, bias_attr=False)
         self.o_proj = nn.Linear(self.heads * self.width, width, bias_attr=False)
 
-    def forward(self, hidden, cos, sin, bias, flash, cache: Optional[KVCache] = None, index: int = 0):
+    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0):
         """hidden [B, T, D] -> [B, T, D]; with a cache the T tokens follow what it holds."""
         batch, tokens, _ = hidden.shape
         if cache is not None and tokens == 1:
-            return self._read_one(hidden, cos, sin, bias, cache, index)
+            return self._read_one(hidden, rotation, mask, cache, index)
 
         def split(x, heads):
             return x.reshape([batch, tokens, heads, self.width]).transpose([0, 2, 1, 3])
 
-        query = rotate(split(self.q_proj(hidden), self.heads), cos, sin)
-        key = rotate(split(self.k_proj(hidden), self.groups), cos, sin)
+        query = rotate(split(self.q_proj(hidden), self.heads), rotation)
+        key = rotate(split(self.k_proj(hidden), self.groups), rotation)
         value = split(self.v_proj(hidden), self.groups)
         if cache is not None:
             cache.write(index, key, value)
             if cache.length:
                 stop = cache.length + tokens
                 key, value = cache.keys[index][:, :, :stop], cache.values[index][:, :, :stop]
-        context = attend(query, key, value, causal=True, bias=bias, flash=flash)
+        context = attend(query, key, value, mask=mask, flash=flash)
         return self.o_proj(context.transpose([0, 2, 1, 3]).reshape([batch, tokens, self.heads * self.width]))
 
-    def _read_one(self, hidden, cos, sin, bias, cache, index):
+    def _read_one(self, hidden, tables, bias, cache, index):
         """One token of each row, in as few operations as there are: a step is bound by them and by memory.
 
-        cos, sin are [B, H + G, 1, K] and scale the query; bias is [B, G, H/G, C]. The query sees the whole buffer of
+        tables are :meth:`Rotation.of_one_token`; bias is [B, G, H/G, C]. The query sees the whole buffer of
         the cache, where the bias masks what doesn't count, so no key is sliced or copied.
         """
         batch, heads, groups, width = hidden.shape[0], self.heads, self.groups, self.width
         both = paddle.concat([project(self.q_proj, hidden), project(self.k_proj, hidden)], axis=-1)
-        both = rotate(both.reshape([batch, heads + groups, 1, width]), cos, sin)
+        both = turn(both.reshape([batch, heads + groups, 1, width]), *tables)
         value = project(self.v_proj, hidden).reshape([batch, groups, 1, width])
         cache.write(index, both[:, heads:], value)
         query = both[:, :heads].reshape([batch, groups, heads // groups, width])
@@ -241,7 +208,7 @@ class LlamaMLP(nn.Layer):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return project(self.down_proj, F.swiglu(project(self.gate_proj, hidden), project(self.up_proj, hidden)))
+        return project(self.down_proj, swiglu(project(self.gate_proj, hidden), project(self.up_proj, hidden)))
 
 
 class LlamaDecoderLayer(nn.Layer):
@@ -252,8 +219,8 @@ class LlamaDecoderLayer(nn.Layer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden, cos, sin, bias, flash, cache: Optional[KVCache] = None, index: int = 0):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, bias, flash, cache, index)
+    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, flash, cache, index)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -297,10 +264,12 @@ class LlamaDecoder(nn.Layer):
             position_ids, longest = self._positions(batch, tokens, attention_mask, cache)
         else:
             longest = int(position_ids.max()) + 1
-        cos, sin = self.rotary(position_ids, longest, inputs_embeds.dtype)
+        rotation = Rotation(*self.rotary(position_ids, longest, inputs_embeds.dtype))
         bias = self._bias(attention_mask, segment_ids, cache, tokens, inputs_embeds.dtype)
         if cache is not None and tokens == 1:
-            cos, sin, bias = self._spread(cos, sin, bias)
+            rotation, mask = self._for_one_token(rotation, bias)
+        else:
+            mask = AttentionMask(causal=True, bias=bias)
         flash = bool(self.config.use_flash_attention) and paddle.device.get_device().startswith("gpu") and tokens > 1
 
         hidden = inputs_embeds
@@ -308,22 +277,17 @@ class LlamaDecoder(nn.Layer):
             if self.enable_recompute and self.training and not hidden.stop_gradient:
                 from paddle.distributed.fleet.utils import recompute
 
-                hidden = recompute(layer, hidden, cos, sin, bias, flash)
+                hidden = recompute(layer, hidden, rotation, mask, flash)
             else:
-                hidden = layer(hidden, cos, sin, bias, flash, cache, index)
+                hidden = layer(hidden, rotation, mask, flash, cache, index)
         if cache is not None:
             cache.length = past + tokens
         return self.norm(hidden)
 
-    def _spread(self, cos, sin, bias):
-        """Tables and bias of one token in the full shape of what they meet in each layer, which broadcasting is slower
-        than; the queries' part is scaled by ``1 / sqrt(K)`` on the way."""
-        config = self.config
-        heads, groups, scale = config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5
-        cos, sin = (
-            paddle.concat([t.tile([1, heads, 1, 1]) * scale, t.tile([1, groups, 1, 1])], axis=1) for t in (cos, sin)
-        )
-        return cos, sin, bias.tile([1, groups, heads // groups, 1])
+    def _for_one_token(self, rotation: Rotation, bias):
+        """Tables and bias in the full shape of what they meet in each layer, which broadcasting is slower than."""
+        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
+        return rotation.of_one_token(bias.shape[0], heads, groups), bias.tile([1, groups, heads // groups, 1])
 
     def _positions(self, batch, tokens, attention_mask, cache):
         """[B, T] positions that padding doesn't count in, and the highest plus one."""

@@ -115,7 +115,7 @@ class CLIPAttention(nn.Layer):
         def heads(projection):
             return projection(hidden).reshape([tiles, tokens, self.num_heads, -1]).transpose([0, 2, 1, 3])
 
-        context = attend(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), causal=False)
+        context = attend(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj))
         return self.out_proj(context.transpose([0, 2, 1, 3]).reshape([tiles, tokens, width]))
 
 
