@@ -3,15 +3,18 @@
 import json
 import random
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
+from paddlemix.examples.llava.demo_recipe.languages import CHINESE, ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
 
 __all__ = ["KINDS", "write_data", "write_rows", "write_test_scenes"]
 
 ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000  # the tower's pictures have seeds from 0
 ROUNDS = 8
+CHINESE_SHARE = 0.15  # of the chats about scenes
+CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
 KINDS = {
     "exist": 2,
@@ -31,7 +34,7 @@ KINDS = {
 def write_data(
     folder: Path, easy_vqa: Path, align_rows: int, instruct_scenes: int, instruct_easy: int, seed: int
 ) -> None:
-    """Writes ``align.json``, ``instruct.json``, ``scenes_test.json``, ``easy_vqa_test.json`` and ``images/``.
+    """Writes ``align.json``, ``instruct.json``, ``easy_vqa_test.json``, ``scenes_test.json``, ``scenes_test_zh.json``, ``images/``.
 
     Args:
         easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
@@ -55,7 +58,8 @@ def write_data(
     for number in range(instruct_scenes):
         scene = make_scene(INSTRUCT_SEED + number)
         draw_scene(scene).save(images / f"{scene.seed}.png")
-        rounds = questions.conversation(scene, ROUNDS, rng, KINDS)
+        say = CHINESE if rng.random() < CHINESE_SHARE else ENGLISH
+        rounds = questions.conversation(scene, ROUNDS, rng, KINDS, say)
         instruct.append(questions.to_row(f"images/{scene.seed}.png", rounds))
     easy = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
     instruct += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(instruct_easy, len(easy)))]
@@ -65,18 +69,19 @@ def write_data(
     test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
     random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
     write_rows(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
-    write_test_scenes(folder)
+    write_test_scenes(folder, "scenes_test.json", ENGLISH, TEST_SEEDS)
+    write_test_scenes(folder, "scenes_test_zh.json", CHINESE, TEST_SEEDS[:CHINESE_TESTS])
 
 
-def write_test_scenes(folder: Path) -> None:
-    """``scenes_test.json`` and its pictures: the 500 scenes of ``TEST_SEEDS``, a question of each kind about each."""
+def write_test_scenes(folder: Path, name: str, say: Language, seeds: Sequence[int]) -> None:
+    """A test file and its pictures: a question of each kind about each scene."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for seed in TEST_SEEDS:
+    for seed in seeds:
         scene = make_scene(seed)
         draw_scene(scene).save(folder / "images" / f"{seed}.png")
-        rows += questions.test_rows(f"images/{seed}.png", scene)
-    write_rows(folder / "scenes_test.json", rows)
+        rows += questions.test_rows(f"images/{seed}.png", scene, say)
+    write_rows(folder / name, rows)
 
 
 def _absolute(row: Dict[str, Any], folder: Path) -> Dict[str, Any]:
@@ -85,5 +90,5 @@ def _absolute(row: Dict[str, Any], folder: Path) -> Dict[str, Any]:
 
 def write_rows(path: Path, rows: List[Dict[str, Any]]) -> None:
     """One row per line inside a JSON array, as errors name lines."""
-    body = ",\n".join(json.dumps(row) for row in rows)
+    body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f"[\n{body}\n]\n", encoding="utf-8")

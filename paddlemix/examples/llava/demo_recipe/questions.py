@@ -8,6 +8,7 @@ import random
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject
 
 __all__ = [
@@ -23,11 +24,11 @@ __all__ = [
     "to_row",
 ]
 
-IN_A_SENTENCE = "Answer in a sentence."
+IN_A_SENTENCE = ENGLISH.in_a_sentence
 _BOX = re.compile(r"0\.\d\d(, 0\.\d\d){3}")
-DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
 _WHOLE = ("caption", "list")
 APART = 0.12  # centres closer than this along an axis are neither left nor right (above nor below) of each other
+SENTENCES = 0.25  # share of the questions that want a sentence
 
 
 class Round(NamedTuple):
@@ -43,23 +44,15 @@ def box_text(box: Box) -> str:
     return ", ".join(f"{min(0.99, max(0.0, side)):.2f}" for side in box)
 
 
-def with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def enumeration(parts: Sequence[str]) -> str:
-    """a, b and c"""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def caption(scene: Scene) -> str:
+def caption(scene: Scene, say: Language = ENGLISH) -> str:
     """``The picture shows a small red circle and a large blue star.``, in reading order."""
-    return f"The picture shows {enumeration([with_article(o.full_name) for o in scene.objects])}."
+    objects = [say.one(say.full_name(o)) for o in scene.objects]
+    return say.sentences["caption"].format(say.enumeration(objects))
 
 
-def dense_caption(scene: Scene) -> str:
+def dense_caption(scene: Scene, say: Language = ENGLISH) -> str:
     """Every object with its box; what the projector is aligned on."""
-    return "; ".join(f"{o.full_name}: {box_text(o.box)}" for o in scene.objects)
+    return "; ".join(f"{say.full_name(o)}: {box_text(o.box)}" for o in scene.objects)
 
 
 def region_of(obj: SceneObject) -> str:
@@ -75,86 +68,82 @@ def _unique(scene: Scene, attribute: str) -> List[SceneObject]:
     return [o for o, value in zip(scene.objects, values) if values.count(value) == 1]
 
 
-def _exist(rng: random.Random, scene: Scene) -> Round:
+def _round(rng: random.Random, say: Language, kind: str, asked: Sequence[str], short: str, sentence: str) -> Round:
+    """One of the forms of ``kind`` with what is asked about, and the short answer or the sentence."""
+    question = rng.choice(say.questions[kind]).format(*asked)
+    if rng.random() < SENTENCES:
+        return Round(f"{question}{say.joint}{say.in_a_sentence}", sentence, kind)
+    return Round(question, short, kind)
+
+
+def _exist(rng: random.Random, scene: Scene, say: Language) -> Round:
     by_name = rng.random() < 0.6
-    names = {o.name if by_name else o.shape for o in scene.objects}
+    names = {(o.color, o.shape) if by_name else (o.shape,) for o in scene.objects}
     if rng.random() < 0.5:
         name = rng.choice(sorted(names))
     elif not by_name:
-        absent = sorted(set(SHAPES) - names)
+        absent = sorted({(shape,) for shape in SHAPES} - names)
         name = rng.choice(absent) if absent else rng.choice(sorted(names))
     else:
         # half of the absent ones are hard: a colour and a shape that are there, but not together
-        near = {f"{a.color} {b.shape}" for a in scene.objects for b in scene.objects} - names
-        anything = {f"{color} {shape}" for color in COLORS for shape in SHAPES} - names
+        near = {(a.color, b.shape) for a in scene.objects for b in scene.objects} - names
+        anything = {(color, shape) for color in COLORS for shape in SHAPES} - names
         name = rng.choice(sorted(near if near and rng.random() < 0.5 else anything))
     there = name in names
-    question = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?")).format(with_article(name))
-    if rng.random() < 0.25:
-        sentence = f"Yes, there is {with_article(name)}." if there else f"No, there is no {name}."
-        return Round(f"{question} {IN_A_SENTENCE}", sentence, "exist")
-    return Round(question, "yes" if there else "no", "exist")
+    text = say.name(*name) if by_name else say.word(*name)
+    sentence = say.sentences["exist yes"].format(say.one(text)) if there else say.sentences["exist no"].format(text)
+    asked = say.one(text) if say.code == "en" else text
+    return _round(rng, say, "exist", [asked], say.there[not there], sentence)
 
 
-def _color(rng: random.Random, scene: Scene) -> Optional[Round]:
+def _color(rng: random.Random, scene: Scene, say: Language) -> Optional[Round]:
     candidates = _unique(scene, "shape")
     if not candidates:
         return None
     obj = rng.choice(candidates)
-    question = rng.choice(("What color is the {}?", "What is the color of the {}?")).format(obj.shape)
-    if rng.random() < 0.25:
-        return Round(f"{question} {IN_A_SENTENCE}", f"The {obj.shape} is {obj.color}.", "color")
-    return Round(question, obj.color, "color")
+    shape, color = say.word(obj.shape), say.word(obj.color)
+    return _round(rng, say, "color", [shape], color, say.sentences["color"].format(shape, color))
 
 
-def _shape(rng: random.Random, scene: Scene) -> Optional[Round]:
+def _shape(rng: random.Random, scene: Scene, say: Language) -> Optional[Round]:
     candidates = _unique(scene, "color")
     if not candidates:
         return None
     obj = rng.choice(candidates)
-    question = rng.choice(("What shape is the {} object?", "What is the {} shape?")).format(obj.color)
-    if rng.random() < 0.25:
-        return Round(f"{question} {IN_A_SENTENCE}", f"The {obj.color} object is {with_article(obj.shape)}.", "shape")
-    return Round(question, obj.shape, "shape")
+    shape, color = say.word(obj.shape), say.word(obj.color)
+    return _round(rng, say, "shape", [color], shape, say.sentences["shape"].format(color, say.one(shape)))
 
 
-def _size(rng: random.Random, scene: Scene) -> Round:
+def _size(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
-    question = rng.choice(("Is the {} small or large?", "How large is the {}, small or large?")).format(obj.name)
-    if rng.random() < 0.25:
-        return Round(f"{question} {IN_A_SENTENCE}", f"The {obj.name} is {obj.size}.", "size")
-    return Round(question, obj.size, "size")
+    name, size = say.object_name(obj), say.word(obj.size)
+    return _round(rng, say, "size", [name], size, say.sentences["size"].format(name, size))
 
 
-def _count(rng: random.Random, scene: Scene) -> Round:
+def _count(rng: random.Random, scene: Scene, say: Language) -> Round:
     kind = rng.random()
     if kind < 0.3:
-        what, number = "object", len(scene.objects)
+        what, number = say.word("object"), len(scene.objects)
     elif kind < 0.7:
         present = rng.random() < 0.8
         shape = rng.choice([o.shape for o in scene.objects] if present else SHAPES)
-        what, number = shape, sum(o.shape == shape for o in scene.objects)
+        what, number = say.word(shape), sum(o.shape == shape for o in scene.objects)
     else:
         color = rng.choice([o.color for o in scene.objects])
-        what, number = f"{color} object", sum(o.color == color for o in scene.objects)
-    plural = f"{what}{'es' if what.endswith('s') else 's'}"
-    question = rng.choice(("How many {} are there?", "How many {} do you see?")).format(plural)
-    if rng.random() < 0.25:
-        sentence = f"There is 1 {what}." if number == 1 else f"There are {number} {plural}."
-        return Round(f"{question} {IN_A_SENTENCE}", sentence, "count")
-    return Round(question, str(number), "count")
+        what, number = say.name(color, "object"), sum(o.color == color for o in scene.objects)
+    plural = say.counted(what)
+    sentences = say.sentences
+    sentence = sentences["count one"].format(what) if number == 1 else sentences["count"].format(number, plural)
+    return _round(rng, say, "count", [plural], str(number), sentence)
 
 
-def _position(rng: random.Random, scene: Scene) -> Round:
+def _position(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
-    question = rng.choice(("In which part of the picture is the {}?", "Which part of the picture is the {} in?"))
-    question = question.format(obj.name)
-    if rng.random() < 0.25:
-        return Round(f"{question} {IN_A_SENTENCE}", f"The {obj.name} is at the {region_of(obj)}.", "position")
-    return Round(question, region_of(obj), "position")
+    name, region = say.object_name(obj), say.word(region_of(obj))
+    return _round(rng, say, "position", [name], region, say.sentences["position"].format(name, region))
 
 
-def _relation(rng: random.Random, scene: Scene) -> Optional[Round]:
+def _relation(rng: random.Random, scene: Scene, say: Language) -> Optional[Round]:
     pairs = []
     for a in scene.objects:
         for b in scene.objects:
@@ -168,34 +157,31 @@ def _relation(rng: random.Random, scene: Scene) -> Optional[Round]:
     if not pairs:
         return None
     a, b, relation, holds = rng.choice(pairs)
-    question = f"Is the {a.name} {relation} the {b.name}?"
-    if rng.random() < 0.25:
-        sentence = f"{'Yes' if holds else 'No'}, the {a.name} is {'' if holds else 'not '}{relation} the {b.name}."
-        return Round(f"{question} {IN_A_SENTENCE}", sentence, "relation")
-    return Round(question, "yes" if holds else "no", "relation")
+    asked = [say.object_name(a), say.word(relation), say.object_name(b)]
+    sentence = say.sentences["relation yes" if holds else "relation no"].format(*asked)
+    return _round(rng, say, "relation", asked, say.yes_no[not holds], sentence)
 
 
-def _box(rng: random.Random, scene: Scene) -> Round:
+def _box(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
-    question = rng.choice(("Give the box of the {}.", "Where is the {}? Give its box."))
-    return Round(question.format(obj.name), box_text(obj.box), "box")
+    return Round(rng.choice(say.questions["box"]).format(say.object_name(obj)), box_text(obj.box), "box")
 
 
-def _region(rng: random.Random, scene: Scene) -> Round:
+def _region(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
-    question = rng.choice(("What is in the box {}?", "Describe the box {}.")).format(box_text(obj.box))
-    return Round(question, with_article(obj.full_name), "region")
+    question = rng.choice(say.questions["region"]).format(box_text(obj.box))
+    return Round(question, say.one(say.full_name(obj)), "region")
 
 
-def _caption(rng: random.Random, scene: Scene) -> Round:
-    return Round(rng.choice(DESCRIBE), caption(scene), "caption")
+def _caption(rng: random.Random, scene: Scene, say: Language) -> Round:
+    return Round(rng.choice(say.questions["caption"]), caption(scene, say), "caption")
 
 
-def _list(rng: random.Random, scene: Scene) -> Round:
-    return Round("List the objects with their boxes.", dense_caption(scene), "list")
+def _list(rng: random.Random, scene: Scene, say: Language) -> Round:
+    return Round(rng.choice(say.questions["list"]), dense_caption(scene, say), "list")
 
 
-_MAKERS: Dict[str, Callable[[random.Random, Scene], Optional[Round]]] = {
+_MAKERS: Dict[str, Callable[[random.Random, Scene, Language], Optional[Round]]] = {
     "exist": _exist,
     "color": _color,
     "shape": _shape,
@@ -211,13 +197,17 @@ _MAKERS: Dict[str, Callable[[random.Random, Scene], Optional[Round]]] = {
 QUESTION_TYPES = tuple(_MAKERS)
 
 
-def ask(kind: str, rng: random.Random, scene: Scene) -> Optional[Round]:
+def ask(kind: str, rng: random.Random, scene: Scene, say: Language = ENGLISH) -> Optional[Round]:
     """A question of that kind, or None when the scene has nothing that could be asked without ambiguity."""
-    return _MAKERS[kind](rng, scene)
+    return _MAKERS[kind](rng, scene, say)
 
 
 def conversation(
-    scene: Scene, rounds: int, rng: random.Random, weights: Optional[Dict[str, float]] = None
+    scene: Scene,
+    rounds: int,
+    rng: random.Random,
+    weights: Optional[Dict[str, float]] = None,
+    say: Language = ENGLISH,
 ) -> List[Round]:
     """A chat of at most ``rounds`` rounds that mixes the kinds and asks nothing twice.
 
@@ -233,7 +223,7 @@ def conversation(
         if len(chosen) == rounds:
             break
         kind = rng.choices(kinds, [weights[k] for k in kinds] if weights else None)[0]
-        made = ask(kind, rng, scene)
+        made = ask(kind, rng, scene, say)
         if made is not None and not any(_gives_away(other, made) for other in chosen):
             chosen.append(made)
     # a description or a list names everything; it ends the chat, but for some chats that it opens
@@ -257,15 +247,15 @@ def to_row(image: str, rounds: Sequence[Round]) -> Dict[str, Any]:
     return {"image": image, "conversations": turns}
 
 
-def test_rows(image: str, scene: Scene) -> List[Dict[str, Any]]:
+def test_rows(image: str, scene: Scene, say: Language = ENGLISH) -> List[Dict[str, Any]]:
     """A question of each kind about a scene, each in a row of its own, so that none gives another away."""
     rng = random.Random(f"test-{scene.seed}")
     rows = []
     for kind in QUESTION_TYPES:
-        made = ask(kind, rng, scene)
+        made = ask(kind, rng, scene, say)
         if made is not None:
             row = {**to_row(image, [made]), "question_type": kind}
             if kind in _WHOLE:
-                row["facts"] = [[obj.name for obj in scene.objects]]
+                row["facts"] = [[say.object_name(obj) for obj in scene.objects]]
             rows.append(row)
     return rows
