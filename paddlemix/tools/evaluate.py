@@ -111,7 +111,7 @@ def predict(
     blank_image: bool = False,
     progress: bool = True,
 ) -> Iterator[Tuple[int, str]]:
-    """Yields (index in ``turns``, the model's answer), in batches of prompts of like length.
+    """Yields (index in ``turns``, the model's answer), a batch at a time.
 
     Args:
         image_folder: what relative paths of pictures are relative to.
@@ -122,6 +122,7 @@ def predict(
     from PIL import Image
     from tqdm import tqdm
 
+    from paddlemix.evaluation.answers import answer_prompts
     from paddlemix.models.llava.conversation import get_template
     from paddlemix.processors.images import load_image
 
@@ -136,26 +137,17 @@ def predict(
 
     template = get_template(conv_mode or processor.config.conversation_template)
     prompts = [template.render(turn.messages, add_generation_prompt=True) for turn in turns]
-    order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), len(prompts[i])))
+    # a picture's questions side by side, as they share a pass over it; else prompts of like length
+    order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), str(turns[i].images[-1:]), len(prompts[i])))
     with tqdm(total=len(turns), unit="answer", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            images = [picture(locate(source)) for i in chosen for source in turns[i].images]
-            batch = processor(text=[prompts[i] for i in chosen], images=images or None)
-            ids, _ = model.generate(**batch, max_new_tokens=max_new_tokens, decode_strategy="greedy_search")
-            for i, row in zip(chosen, ids.tolist()):
-                yield i, _answer(processor, row, template.stop_strings)
+            batch = []
+            for i in chosen:
+                images = [picture(locate(source)) for source in turns[i].images]
+                batch.append((processor.tokenize_prompt(prompts[i], [image.size for image in images]), images))
+            yield from zip(chosen, answer_prompts(model, processor, batch, max_new_tokens, template.stop_strings))
             bar.update(len(chosen))
-
-
-def _answer(processor, ids: List[int], stop_strings: Sequence[str]) -> str:
-    """The text up to the end token or the first stop string."""
-    ends = set(processor.config.eos_token_ids)
-    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = processor.decode(ids[:length])
-    for stop in stop_strings:
-        text = text.split(stop)[0]
-    return text.strip()
 
 
 def evaluate(turns: Sequence[Turn], predictions: Dict[int, str]) -> Dict[str, Dict[str, Any]]:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from paddlemix.errors import UserError
+from paddlemix.evaluation.answers import answer_prompts
 from paddlemix.evaluation.grounding import find_box, iou, is_box
 from paddlemix.evaluation.vqa import exact_match
 from paddlemix.models.llava.constants import IGNORE_INDEX
@@ -110,22 +110,6 @@ def prompt_of(question: Question, dataset: Any, processor: Any) -> Prompt:
     )
 
 
-def make_batch(prompts: Sequence[Prompt], processor: Any) -> Dict[str, paddle.Tensor]:
-    """Prompts padded on the left, for ``generate``."""
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = np.full((len(prompts), longest), processor.pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt.input_ids) :] = prompt.input_ids
-        attention_mask[row, longest - len(prompt.input_ids) :] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    images = [image for prompt in prompts for image in prompt.images]
-    if images:
-        batch["pixel_values"] = np.concatenate([processor.image_processor.preprocess(image) for image in images])
-        batch["image_sizes"] = np.array([image.size for image in images], dtype=np.int64)
-    return {key: paddle.to_tensor(value) for key, value in batch.items()}
-
-
 def evaluate_answers(
     model: Any,
     processor: Any,
@@ -161,11 +145,14 @@ def evaluate_answers(
         if not chosen:
             continue
         prompts = [prompt_of(question, dataset, processor) for question in chosen]
-        ids, _ = model.generate(
-            **make_batch(prompts, processor), max_new_tokens=max_new_tokens, decode_strategy="greedy_search"
+        answers = answer_prompts(
+            model,
+            processor,
+            [(prompt.input_ids, prompt.images) for prompt in prompts],
+            max_new_tokens,
+            getattr(dataset.template, "stop_strings", ()),
         )
-        for question, prompt, row in zip(chosen, prompts, ids.tolist()):
-            answer = _text_of(row, processor, getattr(dataset.template, "stop_strings", ()))
+        for question, prompt, answer in zip(chosen, prompts, answers):
             results.append(
                 {
                     **question._asdict(),
@@ -198,16 +185,6 @@ def _longest_reference(dataset: Any, processor: Any) -> int:
         if message["role"] == "assistant"
     }
     return max(len(processor.tokenizer.encode_with_offsets(text)[0]) for text in texts)
-
-
-def _text_of(ids: List[int], processor: Any, stops: Sequence[str]) -> str:
-    """An answer's text, up to the end token or the template's end mark."""
-    ends = set(processor.config.eos_token_ids)
-    length = next((place for place, index in enumerate(ids) if index in ends), len(ids))
-    text = processor.decode(ids[:length])
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text.strip()
 
 
 def score_answers(pairs: Sequence[Tuple[str, str]]) -> Dict[str, float]:

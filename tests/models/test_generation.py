@@ -99,3 +99,16 @@ def test_a_wrong_setting_is_named(model, given, message):  # noqa: F811
 def test_right_padding_is_refused(model):  # noqa: F811
     with pytest.raises(UserError, match="pad on the left"):
         model.generate(paddle.ones([1, 3], "int64"), attention_mask=paddle.to_tensor([[1, 1, 0]]))
+
+
+def test_beams_grow_past_the_first_block_of_the_cache(golden, model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("paddlemix.models.llava.decoder.KVCache.BLOCK", 8)
+    ids, _ = model.generate(
+        paddle.to_tensor(golden["short"]),
+        max_new_tokens=10,
+        decode_strategy="beam_search",
+        num_beams=3,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    assert ids.numpy().tolist() == golden["beam_3_1.0"].tolist()

@@ -112,6 +112,25 @@ def test_answers_are_those_of_the_model_one_by_one(checkpoint, data):
         assert record["prediction"] == processor.decode(ids[0].tolist()).strip()
 
 
+def test_a_picture_with_several_questions_is_seen_once(checkpoint, data, monkeypatch):
+    from paddlemix import LlavaLlamaForCausalLM
+
+    seen, original = [], LlavaLlamaForCausalLM.encode_images
+
+    def counting(self, pixel_values, image_sizes=None):
+        seen.append(len(pixel_values))
+        return original(self, pixel_values, image_sizes)
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "encode_images", counting)
+    asked = ["What?", "What color is it?", "How many circles do you see?", "Why?"]
+    rows = [{"image": f"{n}.png", "conversations": [[f"<image>\n{q}", "x"]]} for q in asked for n in ("red", "noise")]
+    file = write(data / "test.json", rows)
+    _, together = run(checkpoint, file, "--batch_size", "8")
+    assert seen == [2]
+    _, alone = run(checkpoint, file, "--batch_size", "1")
+    assert [r["prediction"] for r in together] == [r["prediction"] for r in alone]
+
+
 def test_right_answers_count_by_type(checkpoint, data, capsys):
     _, first = run(checkpoint, write(data / "a.json", rows_with(["?", "?", "?", "?"])))
     said = [record["prediction"] for record in first]

@@ -81,7 +81,8 @@ class KVCache:
             self.length = length
 
     def reorder(self, rows: paddle.Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was (beam search)."""
+        """Row i becomes what row ``rows[i]`` was; there may be more rows than before."""
+        self.batch_size = rows.shape[0]
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
                 tensors[i] = paddle.index_select(tensor, rows, axis=0)

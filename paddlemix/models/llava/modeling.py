@@ -265,6 +265,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         image_sizes: Optional[paddle.Tensor] = None,
         generation_config=None,
         streamer=None,
+        cache: Optional[KVCache] = None,
         **kwargs,
     ) -> Tuple[paddle.Tensor, paddle.Tensor]:
         """Continues prompts; PaddleNLP's convention.
@@ -273,6 +274,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             input_ids, attention_mask, pixel_values, image_sizes: a batch from the processor; padding on the left.
             generation_config: PaddleNLP's; default the model's own.
             streamer: PaddleNLP's TextStreamer, for a batch of one.
+            cache: what the prompts follow, one row each; with room for them and what is new. It is used up.
             kwargs: fields of :class:`GenerationSettings`, and ``eos_token_id`` (one or a list).
 
         Returns:
@@ -290,7 +292,10 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             draws = settings.num_return_sequences if settings.decode_strategy == "sampling" else 1
             features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
             inputs_embeds = self.embed(input_ids, features)
-            cache = self.new_cache(len(prompts), inputs_embeds.shape[1] + settings.max_new_tokens)
+            if cache is None:
+                cache = self.new_cache(len(prompts), inputs_embeds.shape[1] + settings.max_new_tokens)
+            elif cache.batch_size != len(prompts):
+                raise UserError(f"the cache holds {cache.batch_size} row(s), but there are {len(prompts)} prompt(s).")
             logits = self.prefill(inputs_embeds, cache, attention_mask)
             if settings.decode_strategy == "beam_search":
                 rows, scores = beam_search(self, cache, logits, settings, prompts)
