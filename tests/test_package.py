@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from itself and from those before it.
 ROOMS = (
-    *("errors", "runtime", "models", "processors", "auto", "datasets", "evaluation", "trainer"),
+    *("errors", "runtime", "lazy_paddlenlp", "models", "processors", "auto", "datasets", "evaluation", "trainer"),
     *("__init__", "tools", "examples"),  # the tools and examples may use the public names
 )
 
@@ -77,3 +77,34 @@ def test_imports_go_one_way():
 def test_no_file_is_large():
     files = [path for room in ("paddlemix", "tests", "benchmarks") for path in (ROOT / room).rglob("*.*")]
     assert [path for path in files if path.is_file() and path.stat().st_size > 5_000_000] == []
+
+
+def test_a_model_needs_a_part_of_paddlenlp_only_and_the_rest_follows_when_used():
+    code = """
+import sys
+from paddlemix import LlavaLlamaForCausalLM
+LlavaLlamaForCausalLM
+heavy = ("sklearn", "datasets", "fastapi")
+print(*[name for name in heavy if name in sys.modules], "|")
+import paddlenlp
+print(paddlenlp.__version__, paddlenlp.Taskflow.__name__, paddlenlp.transformers.__name__)
+from paddlenlp.trainer import Trainer
+from paddlenlp.transformers import PretrainedModel
+assert issubclass(LlavaLlamaForCausalLM, PretrainedModel) and "sklearn" in sys.modules
+print(hasattr(paddlenlp, "nonsense"))
+"""
+    done = run(code)
+    assert done.stdout.split() == ["|", "3.0.0b4", "Taskflow", "paddlenlp.transformers", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "first", ["import paddlenlp", "from paddlenlp.trainer import Trainer", "from paddlemix.trainer import trainer"]
+)
+def test_whoever_imports_paddlenlp_first_gets_all_of_it(first):
+    code = f"{first}; from paddlemix import LlavaLlamaForCausalLM as M; import paddlenlp.peft; print(M.__name__)"
+    assert run(code).stdout == "LlavaLlamaForCausalLM\n"
+
+
+def test_parts_of_paddlenlp_are_there_after_a_model():
+    code = "from paddlemix import LlavaConfig; LlavaConfig; from paddlenlp.peft import LoRAModel; print(LoRAModel.__name__)"
+    assert run(code).stdout == "LoRAModel\n"

@@ -9,9 +9,8 @@ import ast
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, List, Optional
 
-from paddlenlp.transformers import PretrainedConfig
-
 from paddlemix.errors import UserError
+from paddlemix.lazy_paddlenlp import PretrainedConfig
 
 __all__ = ["CLIPVisionConfig", "LlavaConfig"]
 

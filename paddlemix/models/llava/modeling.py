@@ -12,9 +12,9 @@ from typing import List, Optional, Tuple, Union
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddlenlp.transformers import PretrainedModel
 
 from paddlemix.errors import UserError
+from paddlemix.lazy_paddlenlp import PretrainedModel
 from paddlemix.models.llava.anyres import num_tiles, pack_image_features
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
