@@ -2,7 +2,7 @@
 
     python benchmarks/chat.py --peer-python PEER/bin/python [--shapes smollm2 tinyllama multihead] [--repeats 5]
 
-The peer's environment holds ``torch==2.13.0 "transformers<5"``. Both sides use two threads and float32. Prints
+The peer's environment holds ``torch==2.13.0 "transformers<5"``, llama.cpp's ``llama-cpp-python gguf safetensors``. Both sides use two threads and float32. Prints
 a Markdown table per shape, and writes all figures to ``--output`` (JSON).
 """
 
@@ -42,15 +42,19 @@ class Worker:
 
 
 def measure(shape, arguments):
-    """All figures of one shape: {side: {figure: number}}."""
-    from shapes import make_folder
+    """All figures of one shape: {side: {figure: number}}, and what the sides' greedy tokens say."""
+    from protocol import memory_bandwidth
+    from shapes import SHAPES, make_folder
 
     folder = str(make_folder(shape, arguments.folder))
     sides = {
         "paddle": (sys.executable, "worker_paddle.py", {}),
         "transformers": (arguments.peer_python, "worker_torch.py", {"keep_cache": True}),
     }
-    figures = {side: {} for side in sides}
+    text_sides = dict(sides)
+    if arguments.llama_python:
+        text_sides["llama.cpp"] = (arguments.llama_python, "worker_llamacpp.py", {})
+    figures = {side: {} for side in text_sides}
     loads = {side: [] for side in sides}
     workers = {}
     for repeat in range(arguments.load_repeats):
@@ -64,12 +68,16 @@ def measure(shape, arguments):
     for side, results in loads.items():
         for name in ("seconds", "peak_mb", "weights_mb"):
             figures[side]["load " + name] = statistics.median(result[name] for result in results)
+    if "llama.cpp" in text_sides:
+        python, script, _ = text_sides["llama.cpp"]
+        workers["llama.cpp"] = Worker(python, script, arguments.threads)
+        workers["llama.cpp"].ask(do="load", folder=folder)
 
-    def rounds(repeats, **request):
+    def rounds(repeats, among=sides, **request):
         """One warm-up, then the median over repeats, the sides taking turns."""
-        collected = {side: [] for side in sides}
+        collected = {side: [] for side in among}
         for repeat in range(repeats + 1):
-            for side, (_, _, extra) in sides.items():
+            for side, (_, _, extra) in among.items():
                 answer = workers[side].ask(**request, **(extra if request["do"] == "chat" else {}))
                 print(f"{request} {side}: {answer}"[:300], file=sys.stderr, flush=True)
                 if repeat:
@@ -77,21 +85,30 @@ def measure(shape, arguments):
         return collected
 
     collected = rounds(arguments.repeats, do="chat", turns=TURNS)
-    same = collected["paddle"][0]["answers"] == collected["transformers"][0]["answers"]
+    same = {"chat": collected["paddle"][0]["answers"] == collected["transformers"][0]["answers"]}
     for side, answers in collected.items():
         for turn in range(TURNS):
             figures[side][f"first token, turn {turn + 1} (s)"] = statistics.median(a["first"][turn] for a in answers)
     stock = [
         workers["transformers"].ask(do="chat", turns=TURNS, keep_cache=False) for _ in range(arguments.stock_repeats)
     ]
-    figures["transformers, stock"] = {
-        f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in stock) for turn in range(TURNS)
-    }
+    if stock:
+        figures["transformers, stock"] = {
+            f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in stock)
+            for turn in range(TURNS)
+        }
+    text = SHAPES[shape]
     for context in arguments.contexts:
-        for side, answers in rounds(arguments.repeats, do="decode", context=context).items():
-            figures[side][f"decode at {context} (tokens/s)"] = statistics.median(
-                a["tokens_per_second"] for a in answers
-            )
+        read = bytes_of_a_step(text, context)
+        for side, answers in rounds(arguments.repeats, text_sides, do="decode", context=context).items():
+            pace = statistics.median(a["tokens_per_second"] for a in answers)
+            figures[side][f"decode at {context} (tokens/s)"] = pace
+            figures[side][f"decode at {context} (GB/s)"] = pace * read / 1e9
+            figures[side][f"prefill of {context} (s)"] = statistics.median(a["prefill_seconds"] for a in answers)
+            same[f"{side}, {context}"] = answers[0]["tokens"]
+        for side in text_sides:
+            same[f"{side}, {context}"] = same[f"{side}, {context}"] == same[f"paddle, {context}"]
+        del same[f"paddle, {context}"]
     if arguments.batch:
         for size in (1, arguments.batch):
             for side, answers in rounds(2, do="batch", size=size).items():
@@ -100,24 +117,70 @@ def measure(shape, arguments):
                 )
     for worker in workers.values():
         worker.close()
+    figures["machine"] = {"memory (GB/s)": memory_bandwidth()}
     return figures, same
 
 
+def bytes_of_a_step(text, context):
+    """What one step at ``context`` reads from memory: the decoder's float32 weights once, keys and values once."""
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    keys = width // text["num_attention_heads"] * text["num_key_value_heads"]
+    layer = 2 * width * width + 2 * width * keys + 3 * width * text["intermediate_size"]
+    return 4 * (layers * layer + text["vocab_size"] * width + 2 * layers * keys * context)
+
+
 def table(shape, figures, same):
-    sides = list(figures)
+    machine = figures["machine"]["memory (GB/s)"]
+    sides = [side for side in figures if side != "machine"]
     lines = [f"\n### {shape}\n", "| figure | " + " | ".join(sides) + " | ratio |", "|---" * (len(sides) + 2) + "|"]
     for name in figures["paddle"]:
         values = [figures[side].get(name) for side in sides]
         ratio = values[0] / values[1] if values[1] else None
         cells = ["" if v is None else f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in values + [ratio]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append(f"\nGreedy answers of all turns {'equal' if same else 'DIFFER from'} transformers'.")
+    lines.append(f"\nTwo threads read {machine:.1f} GB/s from this machine's memory. ratio: paddle to transformers.")
+    different = [name for name, equal in same.items() if not equal]
+    lines.append(f"Greedy tokens equal paddle's{': all' if not different else ', but for ' + '; '.join(different)}.")
     return "\n".join(lines)
+
+
+def plot(shape, figures, folder):
+    """``SHAPE_first_token.png`` over the turns and ``SHAPE_decode.png`` over the context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for file, start, label, unit in (
+        ("first_token", "first token, turn ", "turn", "seconds to the first token"),
+        ("decode", "decode at ", "tokens in the context", "tokens/s"),
+    ):
+        figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for side, values in figures.items():
+            points = [
+                (int(name[len(start) :].split()[0]), value)
+                for name, value in values.items()
+                if name.startswith(start) and not name.endswith("(GB/s)")
+            ]
+            if points:
+                axes.plot(*zip(*points), marker="o", label=side)
+        axes.set(xlabel=label, ylabel=unit, title=shape)
+        axes.set_yscale("log" if file == "first_token" else "linear")
+        if file == "decode":
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{shape}_{file}.png", dpi=100)
+        plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="python of the environment with torch and transformers")
+    parser.add_argument(
+        "--llama-python", help="python of the environment with llama-cpp-python; leaves it out if not given"
+    )
     parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load-repeats", type=int, default=3)
@@ -127,12 +190,15 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where the weights are kept")
     parser.add_argument("--output", type=Path, help="JSON with all figures")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
     everything = {}
     for shape in arguments.shapes:
         figures, same = measure(shape, arguments)
         everything[shape] = figures
         print(table(shape, figures, same), flush=True)
+        if arguments.plots:
+            plot(shape, figures, arguments.plots)
     if arguments.output:
         arguments.output.write_text(json.dumps(everything, indent=2) + "\n")
 

@@ -2,7 +2,7 @@
 
     {"do": "load", "folder": …}     -> {"seconds": to the first token of a text prompt, "peak_mb": …, "weights_mb": …}
     {"do": "chat", "turns": n}      -> {"first": [seconds to the first token of each turn], "answers": [[ids] of each turn]}
-    {"do": "decode", "context": n}  -> {"tokens_per_second": …}
+    {"do": "decode", "context": n}  -> {"tokens_per_second": …, "prefill_seconds": to the first token, "tokens": [ids]}
     {"do": "batch", "size": n}      -> {"tokens_per_second": of all rows together}
 
 A chat's first turn is a picture and 64 tokens, each further one 32 tokens; every answer is 32 greedy tokens.
@@ -12,6 +12,7 @@ Ids and pixels are random and seeded; text and pictures are not tokenized or dec
 import json
 import resource
 import sys
+import threading
 import time
 from typing import Callable, Dict, List
 
@@ -33,6 +34,25 @@ def pixels(size: int, row: int = 0) -> np.ndarray:
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_bandwidth(seconds: float = 2.0) -> float:
+    """GB/s that two threads read from memory: dot products of half a gigabyte each."""
+    arrays = [np.ones(1 << 27, np.float32) for _ in range(2)]
+    done = [0, 0]
+    start = time.perf_counter()
+
+    def read(which: int) -> None:
+        while time.perf_counter() - start < seconds:
+            np.dot(arrays[which], arrays[which])
+            done[which] += 1
+
+    threads = [threading.Thread(target=read, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) * arrays[0].nbytes / (time.perf_counter() - start) / 1e9
 
 
 def serve(handlers: Dict[str, Callable[..., Dict]]) -> None:

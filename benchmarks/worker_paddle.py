@@ -66,10 +66,15 @@ def decode(context):
     random = np.random.default_rng(0)
     ids = random.integers(5, model.config.vocab_size - 2, (1, context))
     cache = model.new_cache(1, context + protocol.DECODE_TOKENS + 1)
+    started = time.perf_counter()
     with paddle.no_grad():
         logits = model.prefill(model.embed(paddle.to_tensor(ids)), cache)
-    _, moments = answer(cache, logits, protocol.DECODE_TOKENS)
-    return {"tokens_per_second": (len(moments) - 1) / (moments[-1] - moments[0])}
+    tokens, moments = answer(cache, logits, protocol.DECODE_TOKENS)
+    return {
+        "tokens_per_second": (len(moments) - 1) / (moments[-1] - moments[0]),
+        "prefill_seconds": moments[0] - started,
+        "tokens": [row[0] for row in tokens],
+    }
 
 
 def batch(size):

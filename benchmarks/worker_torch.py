@@ -80,8 +80,13 @@ def chat(turns, keep_cache=True):
 
 def decode(context):
     ids = torch.from_numpy(np.random.default_rng(0).integers(5, model.config.text_config.vocab_size - 2, (1, context)))
-    _, moments = generate(ids, protocol.DECODE_TOKENS)
-    return {"tokens_per_second": (len(moments) - 1) / (moments[-1] - moments[0])}
+    started = time.perf_counter()
+    new, moments = generate(ids, protocol.DECODE_TOKENS)
+    return {
+        "tokens_per_second": (len(moments) - 1) / (moments[-1] - moments[0]),
+        "prefill_seconds": moments[0] - started,
+        "tokens": new[0].tolist(),
+    }
 
 
 def batch(size):

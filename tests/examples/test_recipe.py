@@ -10,6 +10,7 @@ import pytest
 
 from paddlemix.evaluation import find_box
 from paddlemix.examples.llava.demo_recipe import data, easy_vqa_data, questions, scenes
+from paddlemix.examples.llava.demo_recipe.languages import CHINESE
 from paddlemix.examples.llava.demo_recipe.run import parse
 
 SEEDS = range(200)
@@ -103,6 +104,27 @@ def test_answers_are_right():
     assert read > 1000
 
 
+def test_chinese_says_the_same():
+    """Short answers and boxes of one seed are each other's translation; sentences name the same things."""
+    short = 0
+    for seed in SEEDS:
+        scene = scenes.make_scene(seed)
+        english = questions.conversation(scene, 12, random.Random(seed))
+        chinese = questions.conversation(scene, 12, random.Random(seed), say=CHINESE)
+        assert [made.kind for made in english] == [made.kind for made in chinese]
+        for en, zh in zip(english, chinese):
+            assert not re.search("[a-z]", zh.question + zh.answer)
+            words = CHINESE.there if en.kind == "exist" else CHINESE.yes_no
+            expected = {"yes": words[0], "no": words[1]}.get(en.answer, CHINESE.word(en.answer))
+            if en.kind in ("color", "shape", "size", "position", "relation", "exist", "count", "box"):
+                if not en.question.endswith(questions.IN_A_SENTENCE):
+                    assert zh.answer == expected
+                    short += 1
+            elif en.kind in ("caption", "list"):
+                assert all(CHINESE.full_name(obj) in zh.answer for obj in scene.objects)
+    assert short > 800
+
+
 def test_a_chat_asks_nothing_twice_and_gives_no_box_away():
     for seed in SEEDS:
         chat = questions.conversation(scenes.make_scene(seed), 12, random.Random(seed), data.KINDS)
@@ -123,9 +145,9 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
     easy = easy_vqa_data.find_easy_vqa()
     for name in ("a", "b"):
         data.write_data(tmp_path / name, easy, align_rows=3, instruct_scenes=4, instruct_easy=3, seed=1)
-    for file in ("align.json", "instruct.json", "scenes_test.json", "easy_vqa_test.json"):
-        assert (tmp_path / "a" / file).read_text() == (tmp_path / "b" / file).read_text()
-        for row in json.loads((tmp_path / "a" / file).read_text())[:50]:
+    for file in ("align.json", "instruct.json", "scenes_test.json", "scenes_test_zh.json", "easy_vqa_test.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        for row in json.loads((tmp_path / "a" / file).read_bytes())[:50]:
             messages, images = parse_row(row)
             assert len(images) == 1 and (tmp_path / "a" / images[0]).is_file() and messages
     assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673

@@ -112,7 +112,9 @@ class Recipe:
         self._finetune("stage2", "stage2_align.json", self.out / "base", ["align.json"])
 
     def instruct(self) -> None:
-        self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", ["instruct.json", "text.json"])
+        self._finetune(
+            "stage3", "stage3_instruct.json", self.out / "stage2", ["instruct.json", "text.json", "text.json"]
+        )
 
     def _finetune(self, name: str, shipped: str, model: Path, data: List[str]) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""

@@ -1,0 +1,42 @@
+"""The data of the teaching demo: pictures show what the answers say, and the test's pictures are not trained on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from paddlemix.examples.llava import road_signs
+from paddlemix.examples.llava.demo_recipe.scenes import COLORS
+from paddlemix.processors.rows import parse_row
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_and_pictures(tmp_path):
+    script = ROOT / "paddlemix" / "examples" / "llava" / "road_signs.py"
+    command = [sys.executable, str(script), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"160 pictures to learn from and 80 to test with are in {tmp_path}\n", done.stderr
+    train, test = (json.loads((tmp_path / f"{split}.json").read_text()) for split in ("train", "test"))
+    assert len(train) == 160 and len(test) == 160
+    pictures = {split: {row["image"] for row in rows} for split, rows in (("train", train), ("test", test))}
+    assert not pictures["train"] & pictures["test"]
+    contents = [Image.open(tmp_path / name).tobytes() for names in pictures.values() for name in names]
+    assert len(set(contents)) == 240
+    for row in train:
+        messages, images = parse_row(row)
+        assert len(images) == 1 and messages[1]["content"] in {says for says, _ in road_signs.SIGNS.values()}
+
+
+def test_every_sign_is_drawn_in_its_color():
+    seen = set()
+    for seed in list(road_signs.TRAIN)[:16] + list(road_signs.TEST)[:16]:
+        scene = road_signs.sign_scene(seed)
+        (sign,) = scene.objects
+        picture = road_signs.draw_scene(scene, 64)
+        middle = picture.getpixel((int(64 * sign.center[0]), int(64 * sign.center[1])))
+        assert sum(abs(a - b) for a, b in zip(middle, COLORS[sign.color])) < 60
+        seen.add((sign.color, sign.shape))
+    assert seen == set(road_signs.SIGNS)
