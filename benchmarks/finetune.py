@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent / "paddlemix" / "tools"
 MODEL = "paddlemix/llava-smol-demo"
 LORA = {"lora": True, "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+WARM_UP = 2  # steps that are not counted, on either side
 PACKED = {"mixtoken": True, "per_device_train_batch_size": 1}
 
 
@@ -56,7 +57,7 @@ def settings(folder: Path, arguments, **changes) -> dict:
 
 
 def ours(folder: Path, config: dict, threads: int) -> dict:
-    """Runs the tool as a user does; the tokens a second are those of its own log, from the third step on."""
+    """Runs the tool as a user does; tokens and seconds are those of its own log, from the third step on."""
     path = folder / "benchmark.json"
     path.write_text(json.dumps(config, indent=2))
     variables = dict(os.environ, FLAGS_paddle_num_threads=str(threads), MKL_NUM_THREADS=str(threads))
@@ -68,7 +69,9 @@ def ours(folder: Path, config: dict, threads: int) -> dict:
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    speed = float(re.search(r"Supervised tokens per second: ([\d.]+)", done.stderr).group(1))
+    log = [json.loads(line) for line in (Path(config["output_dir"]) / "train_log.jsonl").read_text().splitlines()]
+    steps = [line for line in log if "interval_runtime" in line][WARM_UP:]
+    speed = sum(line["supervised_tokens"] for line in steps) / sum(line["interval_runtime"] for line in steps)
     peak, unit = re.search(r"Peak memory: ([\d.]+) (\w+)", done.stderr).groups()
     return {"tokens_per_second": speed, "peak_mb": float(peak) * {"GB": 1024, "MB": 1}[unit[0] + "B"]}
 
@@ -139,8 +142,33 @@ def main():
             a, b = median("ours", key), median("theirs", key)
             cells += [f"{a:.0f}" if a > 99 else f"{a:.2f}", f"{b:.0f}" if b > 99 else f"{b:.2f}", f"{a / b:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
-    packed = ours(folder, {**base, **LORA, **PACKED}, arguments.threads)
-    print(f"\nLoRA with packing (mixtoken): {packed['tokens_per_second']:.1f} supervised tokens/s.")
+    packing(folder, base, arguments)
+
+
+def packing(folder: Path, base: dict, arguments) -> None:
+    """LoRA on padded batches and on packed sequences of as many tokens, and what share of either is padding."""
+    import numpy as np
+
+    from paddlemix.datasets.packing import pack_lengths
+    from paddlemix.processors.llava import LlavaProcessor
+
+    processor = LlavaProcessor.from_pretrained(MODEL)
+    rows = json.loads((folder / "easy_vqa" / "train.json").read_text())
+    samples = [dict(row, image=str(folder / "easy_vqa" / row["image"])) for row in rows]
+    lengths = [len(processor.encode_conversation(row)["input_ids"]) for row in samples]
+    order = np.random.default_rng(0).permutation(lengths)
+    batches = [order[i : i + arguments.batch] for i in range(0, len(order), arguments.batch)]
+    room = arguments.batch * max(lengths)
+    packs = pack_lengths(lengths, room)
+    waste = {
+        "padded": 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches),
+        "packed": 1 - sum(lengths) / (room * len(packs)),
+    }
+    print("\n| LoRA | supervised tokens/s | padding |\n|---|---|---|")
+    for name, changes in (("padded", {}), ("packed", {**PACKED, "max_length": room})):
+        speeds = [ours(folder, {**base, **LORA, **changes}, arguments.threads) for _ in range(arguments.repeats)]
+        speed = statistics.median(one["tokens_per_second"] for one in speeds)
+        print(f"| {name} | {speed:.1f} | {100 * waste[name]:.1f}% |", flush=True)
 
 
 if __name__ == "__main__":

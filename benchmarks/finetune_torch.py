@@ -27,7 +27,10 @@ def main():
 
         targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
         model = get_peft_model(
-            model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, modules_to_save=["multi_modal_projector"])
+            model,
+            LoraConfig(
+                r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets, modules_to_save=["multi_modal_projector"]
+            ),
         )
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)

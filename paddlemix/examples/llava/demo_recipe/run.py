@@ -174,8 +174,8 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--tower_steps", type=int, default=3000, help="steps of 32 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=200, help="rows of stage 2")
-    parser.add_argument("--instruct_scenes", type=int, default=2000, help="chats of stage 3 about scenes")
-    parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--instruct_scenes", type=int, default=1700, help="chats of stage 3 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=500, help="chats of stage 3 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
