@@ -1,0 +1,87 @@
+"""Values and gradients of the written-out steps against their formulas in Paddle's own operations."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from paddlemix.models.llava import attention, lean
+
+
+def tensor(*shape, seed=0, trained=True):
+    values = np.random.default_rng([seed, *shape]).normal(size=shape).astype("float32")
+    return paddle.to_tensor(values, stop_gradient=not trained)
+
+
+def check(ours, formula, *inputs, atol=1e-5):
+    """Both functions of ``inputs`` have one value and, for a random weighting of it, one gradient."""
+    results = []
+    for function in (ours, formula):
+        value = function(*inputs)
+        (value * tensor(*value.shape, seed=9, trained=False)).sum().backward()
+        results.append([value.numpy()] + [None if x.grad is None else x.grad.numpy().copy() for x in inputs])
+        for x in inputs:
+            x.clear_grad()
+    with paddle.no_grad():
+        np.testing.assert_allclose(ours(*inputs).numpy(), results[1][0], atol=atol)
+    for one, other in zip(*results):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=atol)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_rms_norm(trained):
+    def formula(x, weight):
+        return x * paddle.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+    x, weight = tensor(2, 5, 16, trained=trained[0]), tensor(16, seed=1, trained=trained[1])
+    check(lambda x, w: lean.rms_norm(x, w, 1e-5), formula, x, weight)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_swiglu(trained):
+    gate, up = (tensor(2, 5, 12, seed=i, trained=trained[i]) for i in (0, 1))
+    check(lean.swiglu, lambda gate, up: gate * F.sigmoid(gate) * up, gate, up)
+
+
+def test_swiglu_of_large_numbers():
+    gate = paddle.to_tensor([[[-200.0, -30.0, 0.0, 30.0, 200.0]] * 2])
+    np.testing.assert_allclose(lean.swiglu(gate, paddle.ones_like(gate)).numpy()[0, 0], [0, 0, 0, 30, 200], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rotation(rows):
+    """Rows at positions of their own, and one row of positions for all."""
+    angle = tensor(rows, 1, 6, 4, trained=False)
+    angle = paddle.concat([angle, angle], axis=-1)
+    cos, sin = angle.cos(), angle.sin()
+    x = tensor(3, 2, 6, 8)
+
+    def formula(x):
+        return x * cos + paddle.concat([-x[..., 4:], x[..., :4]], axis=-1) * sin
+
+    check(lambda x: lean.rotate(x, lean.Rotation(cos, sin)), formula, x)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("block", [4, 5, 64])
+@pytest.mark.parametrize("kept", [0, 1 << 24])
+def test_attention_in_blocks(monkeypatch, groups, block, kept):
+    """Blocks of queries, and masks in full shape or not, change nothing; earlier keys and padding count."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "KEPT", kept)
+    query, key, value = tensor(2, 4, 11, 8), tensor(2, groups, 14, 8, seed=1), tensor(2, groups, 14, 8, seed=2)
+    padding = np.zeros((2, 1, 1, 14), "float32")
+    padding[1, ..., :3] = -1e9
+    bias = paddle.to_tensor(padding)
+
+    def formula(query, key, value):
+        keys, values = (paddle.repeat_interleave(x, 4 // groups, axis=1) for x in (key, value))
+        scores = paddle.matmul(query, keys, transpose_y=True) / 8**0.5 + attention.causal_bias(11, 14) + bias
+        return paddle.matmul(F.softmax(scores, axis=-1), values)
+
+    def ours(query, key, value):
+        return attention.attend(query, key, value, mask=attention.AttentionMask(causal=True, bias=bias))
+
+    check(ours, formula, query, key, value)
