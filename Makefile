@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= paddlemix/llava-smol-demo
-IMAGE ?= paddlemix/examples/llava/images/chelsea.jpg
+IMAGE ?= paddlemix/examples/llava/images/scene.png
 ARGS ?=
 TESTS ?= tests
 

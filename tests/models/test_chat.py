@@ -3,6 +3,7 @@
 The reference is the same model on the whole prompt from scratch: ``generate`` has no cache from earlier turns.
 """
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from PIL import Image
 from paddlemix.errors import UserError
 from paddlemix.models.llava.chat import LlavaChat
 from paddlemix.models.llava.conversation import conv_templates
+from paddlemix.models.llava.features import PictureFeatures
 from paddlemix.processors.llava import LlavaProcessor
 from paddlemix.processors.tokenizer import load_tokenizer
 from tests.models import chat_models
@@ -51,6 +53,8 @@ def watch(parts):
 
 
 def chat_of(parts, **settings):
+    """A chat with a model that has seen no picture yet."""
+    PictureFeatures.of(parts[0]).clear()
     return LlavaChat(*parts, **{"temperature": 0, "max_new_tokens": 8, **settings})
 
 
@@ -71,6 +75,38 @@ def from_scratch(chat, images=()):
 
 
 # ---- what a turn costs ----
+
+
+def test_a_new_chat_about_a_picture_seen_before_needs_no_tower(parts, watch):
+    first = chat_of(parts)
+    answer = say(first, "What?", CAT)
+    second = LlavaChat(*parts, temperature=0, max_new_tokens=8)
+    assert say(second, "What?", Image.open(CAT)) == answer  # told by its content
+    assert watch.tower == 1 and second.stats.tower_calls == 0
+
+    say(LlavaChat(*parts, temperature=0, max_new_tokens=1), "What?", Image.open(CAT).rotate(180))
+    assert watch.tower == 2
+
+
+def test_features_are_those_of_the_weights_and_of_the_preparation(parts, watch):
+    model, processor = parts
+    say(chat_of(parts), "What?", CAT)
+    weight = dict(model.named_parameters())["llama.mm_projector.0.weight"]
+    kept = weight.clone()
+    weight.set_value(kept * 1.01)
+    try:
+        say(LlavaChat(model, processor, temperature=0, max_new_tokens=1), "What?", CAT)
+        assert watch.tower == 2
+    finally:
+        weight.set_value(kept)
+    other = copy.deepcopy(processor.image_processor)
+    other.image_mean = [0.5, 0.5, 0.5]
+    say(LlavaChat(model, processor, temperature=0, max_new_tokens=1), "What?", CAT)
+    assert watch.tower == 3
+    processor = copy.copy(processor)
+    processor.image_processor = other
+    say(LlavaChat(model, processor, temperature=0, max_new_tokens=1), "What?", CAT)
+    assert watch.tower == 4
 
 
 def test_ten_turns_read_only_what_is_new_and_answer_as_a_full_read_does(parts, watch, tmp_path):

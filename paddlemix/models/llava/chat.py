@@ -26,6 +26,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
+from paddlemix.models.llava.features import PictureFeatures
 from paddlemix.models.llava.generation import GenerationSettings, Sampler, decode_steps
 
 __all__ = ["ChatStats", "LlavaChat", "Picture", "Round", "TurnStats"]
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 FILE_FORMAT = "paddlemix-llava-chat"
 FILE_VERSION = 1
-KEPT_PICTURES = 64  # whose features stay in memory, in case they have to be read again
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class LlavaChat:
         self._rounds: Tuple[Round, ...] = ()
         self._waiting: Tuple[Picture, ...] = ()  # pictures that the next question brings
         self._spare: Tuple[Picture, ...] = ()  # brought too, unless there is a waiting one (after clear)
-        self._features: Dict[str, paddle.Tensor] = {}
+        self._features = PictureFeatures.of(model)
         self._numbers: Dict[str, int] = {}  # a picture's digest -> its key in _cached
         self._cache = None
         self._cached: List[int] = []  # keys of the tokens that the cache holds
@@ -575,16 +575,14 @@ class LlavaChat:
         return logits
 
     def _encode(self, picture: Picture) -> paddle.Tensor:
-        """Image features [K, D]; the tower sees a picture once."""
-        features = self._features.pop(picture.digest, None)
-        if features is None:
+        """Image features [K, D]; the tower sees a picture once, whichever chat of the model asks."""
+
+        def encode() -> paddle.Tensor:
             pixel_values = paddle.to_tensor(self.processor.image_processor.preprocess(picture.image))
             self.stats.tower_calls += 1
-            features = self.model.encode_images(pixel_values, [picture.size])[0]
-        self._features[picture.digest] = features  # the last one used is the last to go
-        if len(self._features) > KEPT_PICTURES:
-            del self._features[next(iter(self._features))]
-        return features
+            return self.model.encode_images(pixel_values, [picture.size])[0]
+
+        return self._features.get(picture.digest, self.processor.image_processor, encode)
 
     # small parts
 
