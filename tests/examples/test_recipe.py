@@ -259,4 +259,4 @@ def test_the_projector_learns_to_write_words(small_easy_vqa):
 
 def test_command_line_has_the_defaults_of_the_readme():
     arguments = parse([])
-    assert arguments.output_dir == "demo_recipe_out" and arguments.until == "export"
+    assert arguments.output_dir == "demo_recipe_out" and arguments.until == "evaluate"
