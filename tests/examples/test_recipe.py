@@ -144,8 +144,17 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
 
     easy = easy_vqa_data.find_easy_vqa()
     for name in ("a", "b"):
-        data.write_data(tmp_path / name, easy, align_rows=3, instruct_scenes=4, instruct_easy=3, seed=1)
-    for file in ("align.json", "instruct.json", "scenes_test.json", "scenes_test_zh.json", "easy_vqa_test.json"):
+        data.write_data(
+            tmp_path / name, easy, align_rows=3, describe_rows=6, instruct_scenes=4, instruct_easy=3, seed=1
+        )
+    for file in (
+        "align.json",
+        "describe.json",
+        "instruct.json",
+        "scenes_test.json",
+        "scenes_test_zh.json",
+        "easy_vqa_test.json",
+    ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
         for row in json.loads((tmp_path / "a" / file).read_bytes())[:50]:
             messages, images = parse_row(row)

@@ -6,6 +6,7 @@ one. A box is four numbers with two decimals: left, top, right, bottom in 0..1 o
 
 import random
 import re
+from dataclasses import replace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
@@ -20,6 +21,7 @@ __all__ = [
     "caption",
     "conversation",
     "dense_caption",
+    "each_object",
     "test_rows",
     "to_row",
 ]
@@ -238,6 +240,12 @@ def _gives_away(earlier: Round, later: Round) -> bool:
         return True
     box = _BOX.search(f"{later.question} {later.answer}")
     return later.kind != "list" and bool(box and box.group() in f"{earlier.question} {earlier.answer}")
+
+
+def each_object(kind: str, rng: random.Random, scene: Scene, say: Language = ENGLISH) -> List[Round]:
+    """The question ``box`` or ``region`` about every object, in random order."""
+    objects = rng.sample(scene.objects, len(scene.objects))
+    return [_MAKERS[kind](rng, replace(scene, objects=(obj,)), say) for obj in objects]
 
 
 def to_row(image: str, rounds: Sequence[Round]) -> Dict[str, Any]:

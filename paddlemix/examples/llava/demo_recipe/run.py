@@ -6,7 +6,8 @@
     tower     stage 1: the vision tower learns to see objects (pretrain_tower.py)
     base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
-    instruct  stage 3: LoRA on the decoder and the projector, on chats (supervised_finetune.py, stage3_instruct.json)
+    describe  stage 3: LoRA on the decoder and the projector, on objects and boxes (…, stage3_describe.json)
+    instruct  stage 4: goes on with these, on chats (…, stage4_instruct.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -34,7 +35,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "base", "align", "instruct", "export", "evaluate")
+STEPS = ("data", "tower", "base", "align", "describe", "instruct", "export", "evaluate")
 
 
 class Recipe:
@@ -64,7 +65,8 @@ class Recipe:
 
         a = self.arguments
         easy = find_easy_vqa(a.easy_vqa)
-        write_data(self.out / "data", easy, a.align_rows, a.instruct_scenes, a.instruct_easy_vqa, a.seed)
+        counts = a.align_rows, a.describe_rows, a.instruct_scenes, a.instruct_easy_vqa
+        write_data(self.out / "data", easy, *counts, a.seed)
 
     def tower(self) -> Dict[str, Any]:
         from paddlemix.examples.llava.demo_recipe.pretrain_tower import pretrain
@@ -111,16 +113,19 @@ class Recipe:
     def align(self) -> None:
         self._finetune("stage2", "stage2_align.json", self.out / "base", ["align.json"])
 
-    def instruct(self) -> None:
-        self._finetune(
-            "stage3", "stage3_instruct.json", self.out / "stage2", ["instruct.json", "text.json", "text.json"]
-        )
+    def describe(self) -> None:
+        self._finetune("stage3", "stage3_describe.json", self.out / "stage2", ["describe.json", "text.json"])
 
-    def _finetune(self, name: str, shipped: str, model: Path, data: List[str]) -> None:
+    def instruct(self) -> None:
+        data = ["instruct.json", "text.json", "text.json"]
+        self._finetune("stage4", "stage4_instruct.json", self.out / "stage2", data, lora_path=str(self.out / "stage3"))
+
+    def _finetune(self, name: str, shipped: str, model: Path, data: List[str], **more: str) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
         config["output_dir"] = str(self.out / name)
+        config.update(more)
         for entry, file in zip(config["dataset"]["train"], data):
             entry["data_files"] = str(self.out / "data" / file)
         path = self.out / f"{name}.json"
@@ -130,7 +135,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage3", self.out / "weights")
+        export(self.out / "stage4", self.out / "weights")
 
     def evaluate(self) -> Dict[str, Any]:
         """The tests, greedy, asked of the model as it is shipped; easy-VQA also with blank pictures."""
@@ -186,8 +191,9 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--tower_steps", type=int, default=3000, help="steps of 32 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=200, help="rows of stage 2")
-    parser.add_argument("--instruct_scenes", type=int, default=1700, help="chats of stage 3 about scenes")
-    parser.add_argument("--instruct_easy_vqa", type=int, default=500, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--describe_rows", type=int, default=1300, help="rows of stage 3")
+    parser.add_argument("--instruct_scenes", type=int, default=800, help="chats of stage 4 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=350, help="chats of stage 4 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
