@@ -85,3 +85,22 @@ def test_attention_in_blocks(monkeypatch, groups, block, kept):
         return attention.attend(query, key, value, mask=attention.AttentionMask(causal=True, bias=bias))
 
     check(ours, formula, query, key, value)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("block", [4, 64])
+def test_attention_of_packed_rows(monkeypatch, rows, block):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    ids = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]])[:rows]
+    query, key, value = tensor(rows, 4, 12, 8), tensor(rows, 2, 12, 8, seed=1), tensor(rows, 2, 12, 8, seed=2)
+    apart = paddle.to_tensor(np.where(ids[:, None, :, None] == ids[:, None, None, :], 0, -1e9).astype("float32"))
+
+    def formula(query, key, value):
+        keys, values = (paddle.repeat_interleave(x, 2, axis=1) for x in (key, value))
+        scores = paddle.matmul(query, keys, transpose_y=True) / 8**0.5 + attention.causal_bias(12, 12) + apart
+        return paddle.matmul(F.softmax(scores, axis=-1), values)
+
+    mask = attention.AttentionMask(causal=True, segment_ids=paddle.to_tensor(ids))
+    check(lambda query, key, value: attention.attend(query, key, value, mask=mask), formula, query, key, value)
+    if rows == 1:  # no product with what another segment holds
+        assert all(low == ids[0].tolist().index(ids[0, start]) for start, _, low, _ in mask.blocks(12, 12))

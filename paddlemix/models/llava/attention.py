@@ -5,6 +5,7 @@ Shapes: B batch, H heads, G key/value heads, R query heads per key/value head, T
 
 from typing import List, Optional, Tuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
@@ -13,6 +14,8 @@ from paddlemix.models.llava.lean import on_cpu
 
 __all__ = ["AttentionMask", "attend", "causal_bias", "masked_score"]
 
+
+Block = Tuple[int, int, int, int]  # queries start to stop see some of the keys low to seen
 
 # Queries of one block of a causal pass: bounds the score matrix and skips the keys after the block.
 BLOCK = 128
@@ -37,29 +40,50 @@ def causal_bias(queries: int, keys: int, dtype="float32") -> paddle.Tensor:
 
 class AttentionMask:
     """What queries may see: with ``causal`` the keys up to their own position, the last query standing at the last key;
-    and what ``bias`` leaves. Serves all layers of a pass, and is computed once.
+    and what ``bias`` and ``segment_ids`` leave. Serves all layers of a pass, and is computed once.
 
     Args:
-        bias: additive, broadcastable to [B, 1, T, S]; what padding and packing forbid.
+        bias: additive, broadcastable to [B, 1, T, S]; what padding forbids.
+        segment_ids: [B, T] of packed rows, S being T: a token sees its own segment only. Keys of other segments are left
+            out of the products where the rows allow it, which for one row is always.
     """
 
-    def __init__(self, causal: bool = False, bias: Optional[paddle.Tensor] = None):
-        self.causal, self.bias = causal, bias
-        self._biases, self._kept = {}, 0
+    def __init__(
+        self,
+        causal: bool = False,
+        bias: Optional[paddle.Tensor] = None,
+        segment_ids: Optional[paddle.Tensor] = None,
+    ):
+        self.causal, self.bias, self.segment_ids = causal, bias, segment_ids
+        self._firsts = None if segment_ids is None else _segment_starts(segment_ids.numpy())
+        self._blocks, self._biases, self._kept = {}, {}, 0
 
-    def blocks(self, queries: int, keys: int) -> List[Tuple[int, int, int]]:
-        """(start, stop, seen): queries start to stop see some of the first ``seen`` keys."""
-        if not self.causal or queries <= BLOCK:
-            return [(0, queries, keys)]
-        count = -(-queries // BLOCK)
-        edges = [queries * i // count for i in range(count + 1)]
-        return [(start, stop, keys - queries + stop) for start, stop in zip(edges, edges[1:])]
+    def blocks(self, queries: int, keys: int) -> List[Block]:
+        """What the queries are cut into."""
+        if (queries, keys) not in self._blocks:
+            self._blocks[queries, keys] = self._cut(queries, keys)
+        return self._blocks[queries, keys]
 
-    def of_block(self, block, queries: int, keys: int, batch: int, heads: int, dtype) -> Optional[paddle.Tensor]:
+    def _cut(self, queries: int, keys: int) -> List[Block]:
+        if not self.causal:
+            return [(0, queries, 0, keys)]
+        edges = [0, queries]
+        if self._firsts is not None and len(self._firsts) == 1:  # no block reaches over the end of a segment
+            edges = sorted({*self._firsts[0].tolist(), queries})
+        blocks = []
+        for first, last in zip(edges, edges[1:]):
+            count = -(-(last - first) // BLOCK)
+            inner = [first + (last - first) * i // count for i in range(count + 1)]
+            for start, stop in zip(inner, inner[1:]):
+                low = 0 if self._firsts is None else int(self._firsts[:, start:stop].min())
+                blocks.append((start, stop, low, keys - queries + stop))
+        return blocks
+
+    def of_block(self, block: Block, queries: int, keys: int, batch: int, heads: int, dtype) -> Optional[paddle.Tensor]:
         """Additive bias of a block, broadcastable to [B, H, T', S']; None where everything is seen."""
         key = (*block, batch, heads)
         if key not in self._biases:
-            bias = self._compute(*block, queries, keys, dtype)
+            bias = self._compute(*block, queries, dtype)
             if bias is not None and on_cpu() and self._kept + batch * heads * bias[0, 0].size <= KEPT:
                 # adding in full shape is ten to fifty times faster there
                 bias = bias.tile([batch // bias.shape[0], heads // bias.shape[1], 1, 1])
@@ -67,16 +91,41 @@ class AttentionMask:
             self._biases[key] = bias
         return self._biases[key]
 
-    def _compute(self, start, stop, seen, queries, keys, dtype):
+    def dense(self, dtype) -> Optional[paddle.Tensor]:
+        """All that bias and segments forbid, broadcastable to [B, 1, T, S]."""
         bias = self.bias
-        if bias is not None:
-            bias = (bias if bias.shape[-2] == 1 else bias[..., start:stop, :])[..., :seen]
-        if self.causal and queries > 1:
-            triangle = causal_bias(stop - start, seen, dtype).unsqueeze([0, 1])
-            bias = triangle if bias is None else bias + triangle
-        if bias is not None and bias.shape[-2] == 1 < stop - start:
-            bias = bias.expand([-1, -1, stop - start, -1])
+        if self.segment_ids is not None:
+            tokens = self.segment_ids.shape[1]
+            apart = self._apart(0, tokens, 0, tokens, dtype)
+            bias = apart if bias is None else bias + apart
         return bias
+
+    def _apart(self, start, stop, low, seen, dtype):
+        ids = self.segment_ids
+        same = ids[:, start:stop].unsqueeze(2) == ids[:, low:seen].unsqueeze(1)
+        return ((1 - same.astype(dtype)) * masked_score(dtype)).unsqueeze(1)
+
+    def _compute(self, start, stop, low, seen, queries, dtype):
+        parts = []
+        if self.bias is not None:
+            rows = self.bias if self.bias.shape[-2] == 1 else self.bias[..., start:stop, :]
+            parts.append(rows[..., low:seen])
+        if self._firsts is not None and (len(self._firsts) > 1 or low < self._firsts[:, start:stop].max()):
+            parts.append(self._apart(start, stop, low, seen, dtype))
+        if self.causal and queries > 1:
+            parts.append(causal_bias(stop - start, seen - low, dtype).unsqueeze([0, 1]))
+        if not parts:
+            return None
+        bias = sum(parts[1:], parts[0])
+        return bias.expand([-1, -1, stop - start, -1]) if bias.shape[-2] == 1 < stop - start else bias
+
+
+def _segment_starts(segment_ids: np.ndarray) -> np.ndarray:
+    """Where the segment of each token begins: [[7, 7, 8, 0]] -> [[0, 0, 2, 3]]."""
+    places = np.arange(segment_ids.shape[1])
+    begins = np.ones_like(segment_ids, dtype=bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return np.maximum.accumulate(np.where(begins, places, 0), axis=1)
 
 
 def attend(
@@ -100,7 +149,7 @@ def attend(
     """
     mask = mask or AttentionMask()
     if flash:
-        return _attend_flash(query, key, value, mask.causal and query.shape[2] > 1, mask.bias)
+        return _attend_flash(query, key, value, mask.causal and query.shape[2] > 1, mask.dense(query.dtype))
     if paddle.is_grad_enabled() and not (query.stop_gradient and key.stop_gradient and value.stop_gradient):
         return _LeanAttention.apply(query, key, value, mask)
     return _attend_math(query, key, value, mask)
@@ -108,28 +157,27 @@ def attend(
 
 def _attend_math(query, key, value, mask):
     parts = [
-        paddle.matmul(probabilities, value[:, :, :seen]).reshape([0, query.shape[1], stop - start, -1])
-        for (start, stop, seen), _, probabilities in _scored_blocks(query, key, mask)
+        paddle.matmul(probabilities, _between(value, low, seen)).reshape([0, query.shape[1], stop - start, -1])
+        for (start, stop, low, seen), _, probabilities in _scored_blocks(query, key, mask)
     ]
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=2)
 
 
 def _scored_blocks(query, key, mask):
-    """Per block: its (start, stop, seen), its scaled queries [B, G, R * T', K], and probabilities [B, G, R * T', S'].
+    """Per block: its places, its scaled queries [B, G, R * T', K], and probabilities [B, G, R * T', S'].
 
     The queries that share a key head become rows of one product: no copy of the keys.
     """
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     for block in mask.blocks(queries, keys):
-        start, stop, seen = block
-        part = (query if stop - start == queries else query[:, :, start:stop]) * width**-0.5
-        part = part.reshape([batch, groups, -1, width])
-        scores = paddle.matmul(part, key if seen == keys else key[:, :, :seen], transpose_y=True)
+        start, stop, low, seen = block
+        part = (_between(query, start, stop) * width**-0.5).reshape([batch, groups, -1, width])
+        scores = paddle.matmul(part, _between(key, low, seen), transpose_y=True)
         bias = mask.of_block(block, queries, keys, batch, heads, scores.dtype)
         if bias is not None:
             shape = scores.shape
-            scores = (scores.reshape([batch, heads, stop - start, seen]) + bias).reshape(shape)
+            scores = (scores.reshape([batch, heads, stop - start, seen - low]) + bias).reshape(shape)
         yield block, part, F.softmax(scores, axis=-1)
 
 
@@ -149,31 +197,30 @@ class _LeanAttention(PyLayer):
     def backward(ctx, grad):
         query, key, value, context = ctx.saved_tensor()
         batch, heads, queries, width = query.shape
-        groups, keys = key.shape[1], key.shape[2]
+        groups = key.shape[1]
         mean = _row_sums(grad * context)  # [B, H, T, 1]
         grad_queries, grad_key, grad_value = [], None, None
-        for (start, stop, seen), part, probabilities in _scored_blocks(query, key, ctx.mask):
-
-            def rows(tensor, start=start, stop=stop):
-                tensor = tensor if stop - start == queries else tensor[:, :, start:stop]
-                return tensor.reshape([batch, groups, -1, tensor.shape[-1]])
-
-            grad_part = rows(grad)
-            seen_values = value if seen == keys else value[:, :, :seen]
+        for (start, stop, low, seen), part, probabilities in _scored_blocks(query, key, ctx.mask):
+            grad_part = _between(grad, start, stop).reshape([batch, groups, -1, width])
+            mean_part = _between(mean, start, stop).reshape([batch, groups, -1, 1])
             # the mean goes in by one more column of a product, since a broadcast costs more than the product
-            wide_grad = paddle.concat([grad_part, rows(mean)], axis=-1)
-            wide_values = paddle.concat(
-                [seen_values, paddle.full([batch, groups, seen, 1], -1.0, value.dtype)], axis=-1
-            )
+            minus = paddle.full([batch, groups, seen - low, 1], -1.0, value.dtype)
+            wide_values = paddle.concat([_between(value, low, seen), minus], axis=-1)
+            wide_grad = paddle.concat([grad_part, mean_part], axis=-1)
             grad_scores = probabilities * paddle.matmul(wide_grad, wide_values, transpose_y=True)
-            seen_keys = key if seen == keys else key[:, :, :seen]
-            grad_queries.append(paddle.matmul(grad_scores, seen_keys).reshape([batch, heads, stop - start, width]))
-            grad_key = _add_rows(grad_key, paddle.matmul(grad_scores, part, transpose_x=True))
-            grad_value = _add_rows(grad_value, paddle.matmul(probabilities, grad_part, transpose_x=True))
+            grad_query = paddle.matmul(grad_scores, _between(key, low, seen))
+            grad_queries.append(grad_query.reshape([batch, heads, stop - start, width]))
+            grad_key = _add_at(grad_key, paddle.matmul(grad_scores, part, transpose_x=True), low, seen, key)
+            grad_value = _add_at(grad_value, paddle.matmul(probabilities, grad_part, transpose_x=True), low, seen, key)
         grad_query = grad_queries[0] if len(grad_queries) == 1 else paddle.concat(grad_queries, axis=2)
         grads = (grad_query * width**-0.5, grad_key, grad_value)
         # a PyLayer must give None where no gradient is asked for, as with adapters on some projections only
         return tuple(None if fixed else g for fixed, g in zip(ctx.fixed, grads))
+
+
+def _between(x, start, stop):
+    """x[:, :, start:stop]; ``x`` itself where that is all of it, since a slice is a copy."""
+    return x if stop - start == x.shape[2] else x[:, :, start:stop]
 
 
 def _row_sums(x):
@@ -181,12 +228,14 @@ def _row_sums(x):
     return paddle.matmul(x, paddle.ones([x.shape[-1], 1], x.dtype))
 
 
-def _add_rows(total, more):
-    """total [B, G, S, K], or None, plus ``more`` [B, G, S', K] with S' >= S: later blocks see more keys."""
+def _add_at(total, more, low, seen, whole):
+    """``total``, of the shape of ``whole`` [B, G, S, K] or None, with ``more`` added to keys low to seen."""
     if total is None:
-        return more
-    missing = more.shape[2] - total.shape[2]
-    return more + (F.pad(total, [0, 0, 0, missing], data_format="NCHW") if missing else total)
+        if seen - low == whole.shape[2]:
+            return more
+        total = paddle.zeros(whole.shape, more.dtype)
+    total[:, :, low:seen] = total[:, :, low:seen] + more
+    return total
 
 
 def _attend_flash(query, key, value, causal, bias):

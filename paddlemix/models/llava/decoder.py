@@ -266,11 +266,11 @@ class LlamaDecoder(nn.Layer):
         else:
             longest = int(position_ids.max()) + 1
         rotation = Rotation(*self.rotary(position_ids, longest, inputs_embeds.dtype))
-        bias = self._bias(attention_mask, segment_ids, cache, tokens, inputs_embeds.dtype)
+        bias = self._bias(attention_mask if segment_ids is None else None, cache, tokens, inputs_embeds.dtype)
         if cache is not None and tokens == 1:
             rotation, mask = self._for_one_token(rotation, bias)
         else:
-            mask = AttentionMask(causal=True, bias=bias)
+            mask = AttentionMask(causal=True, bias=bias, segment_ids=segment_ids)
         flash = bool(self.config.use_flash_attention) and paddle.device.get_device().startswith("gpu") and tokens > 1
 
         hidden = inputs_embeds
@@ -302,14 +302,11 @@ class LlamaDecoder(nn.Layer):
             cache.positions = ends[:, -1:]
         return (ends - 1).clip(min=0), past + tokens
 
-    def _bias(self, attention_mask, segment_ids, cache, tokens, dtype):
-        """Additive [B, 1, 1 or T, S] of what padding, packing and the cache's spare room forbid; None for nothing."""
+    def _bias(self, attention_mask, cache, tokens, dtype):
+        """Additive [B, 1, 1 or T, S] of what padding and the cache's spare room forbid; None for nothing."""
         if cache is None:
             bias = None
-            if segment_ids is not None:
-                same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-                bias = ((1 - same.astype(dtype)) * masked_score(dtype)).unsqueeze(1)
-            elif attention_mask is not None:
+            if attention_mask is not None:
                 bias = ((1 - attention_mask.astype(dtype)) * masked_score(dtype)).unsqueeze([1, 2])
             return bias
         cache.reserve(tokens)
