@@ -34,11 +34,11 @@ __all__ = ["DEFAULT_MODEL", "DEMO_SETTINGS", "DEMO_VISION", "assemble", "build",
 
 logger = logging.getLogger("paddlemix.demo")
 
-# The tower's sizes: 2.3 M parameters, 64 patches of a small picture.
+# The tower's sizes: 3.2 M parameters, 64 patches of a small picture.
 DEMO_VISION: Dict[str, Any] = dict(
     hidden_size=192,
     intermediate_size=768,
-    num_hidden_layers=5,
+    num_hidden_layers=7,
     num_attention_heads=3,
     image_size=64,
     patch_size=8,

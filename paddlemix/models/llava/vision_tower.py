@@ -66,12 +66,16 @@ class CLIPVisionTransformer(nn.Layer):
         self.transformer.layers = nn.LayerList([CLIPEncoderLayer(vision) for _ in range(num_layers)])
         self.enable_recompute = False  # PretrainedModel.recompute_enable() sets it
 
-    def forward(self, pixel_values: paddle.Tensor) -> paddle.Tensor:
-        """[N, 3, H, W] -> [N, P + 1, D]"""
+    def embed(self, pixel_values: paddle.Tensor) -> paddle.Tensor:
+        """[N, 3, H, W] -> [N, P + 1, D], the input of the first layer."""
         patches = self.conv1(pixel_values).flatten(2).transpose([0, 2, 1])  # [N, P, D]
         class_token = self.class_embedding.expand([patches.shape[0], 1, -1]).astype(patches.dtype)
         hidden = paddle.concat([class_token, patches], axis=1) + self.positional_embedding.weight
-        hidden = self.ln_pre(hidden)
+        return self.ln_pre(hidden)
+
+    def forward(self, pixel_values: paddle.Tensor) -> paddle.Tensor:
+        """[N, 3, H, W] -> [N, P + 1, D]"""
+        hidden = self.embed(pixel_values)
         for layer in self.transformer.layers:
             if self.enable_recompute and self.training and not hidden.stop_gradient:
                 from paddle.distributed.fleet.utils import recompute

@@ -152,12 +152,11 @@ def grid_positions(width: int) -> np.ndarray:
     return np.concatenate([line[rows], line[columns]], axis=1).astype(np.float32)
 
 
-def initialize(model, vision: Dict) -> None:
-    """The spread of CLIP's own start (github.com/openai/CLIP, initialize_parameters), but for two things that make a tower
-    learn from few pictures: positions start as waves, and keys as queries, so that a patch attends to what is like it
-    (Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers").
+def initialize_layers(layers, vision: Dict) -> None:
+    """The spread of CLIP's own start (github.com/openai/CLIP, initialize_parameters), but that keys start as queries, so
+    that a patch attends to what is like it: learns from fewer pictures (Trockman and Kolter, 2023, "Mimetic initialization
+    of self-attention layers").
     """
-    import paddle
     from paddle import nn
 
     width, depth = vision["hidden_size"], vision["num_hidden_layers"]
@@ -168,12 +167,20 @@ def initialize(model, vision: Dict) -> None:
         "linear1": (2 * width) ** -0.5,
         "linear2": width**-0.5 * (2 * depth) ** -0.5,
     }
-    for name, layer in model.named_sublayers():
+    for name, layer in layers.named_sublayers():
         if isinstance(layer, nn.Linear):
             nn.initializer.Normal(std=spread.get(name.split(".")[-1], 0.02))(layer.weight)
-    for name, layer in model.named_sublayers():
+    for name, layer in layers.named_sublayers():
         if name.endswith("self_attn"):
             layer.k_proj.weight.set_value(layer.q_proj.weight.clone())
+
+
+def initialize(model, vision: Dict) -> None:
+    """:func:`initialize_layers`, and positions that start as waves."""
+    import paddle
+
+    width = vision["hidden_size"]
+    initialize_layers(model, vision)
     embedding = model.tower.vision_tower.vision_model.positional_embedding.weight
     embedding.set_value(paddle.to_tensor(np.concatenate([np.zeros((1, width), np.float32), grid_positions(width)])))
 

@@ -4,6 +4,7 @@
 
     data      drawn scenes and easy-VQA, as the JSON files of training and tests
     tower     stage 1: the vision tower learns to see objects (pretrain_tower.py)
+    table     two more layers of it write them down, a word a patch (write_table.py)
     base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
     describe  stage 3: LoRA on the decoder and the projector, on objects and boxes (…, stage3_describe.json)
@@ -35,7 +36,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "base", "align", "describe", "instruct", "export", "evaluate")
+STEPS = ("data", "tower", "table", "base", "align", "describe", "instruct", "export", "evaluate")
 
 
 class Recipe:
@@ -73,7 +74,16 @@ class Recipe:
         from paddlemix.models.llava.demo import DEMO_VISION
 
         a = self.arguments
-        return pretrain(str(self.out / "tower"), DEMO_VISION, steps=a.tower_steps, seed=a.seed, easy_vqa=a.easy_vqa)
+        below = {**DEMO_VISION, "num_hidden_layers": DEMO_VISION["num_hidden_layers"] - 2}
+        return pretrain(str(self.out / "tower"), below, steps=a.tower_steps, seed=a.seed, easy_vqa=a.easy_vqa)
+
+    def table(self) -> Dict[str, Any]:
+        from paddlemix.examples.llava.demo_recipe.write_table import write_table
+        from paddlemix.models.llava.demo import DEMO_VISION
+
+        a, below = self.arguments, self.out / "tower" / "tower.safetensors"
+        options = dict(steps=a.table_steps, seed=a.seed, easy_vqa=a.easy_vqa)
+        return write_table(str(self.out / "table"), DEMO_VISION, below, **options)
 
     def base(self) -> Dict[str, Any]:
         from safetensors.numpy import load_file, save_file
@@ -81,7 +91,7 @@ class Recipe:
         from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
         from paddlemix.examples.llava.demo_recipe.data import write_rows
         from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
-        from paddlemix.examples.llava.demo_recipe.fit_projector import Words, fit_projector
+        from paddlemix.examples.llava.demo_recipe.fit_projector import fit_projector, word_embeddings
         from paddlemix.examples.llava.demo_recipe.language import text_rows
         from paddlemix.examples.llava.demo_recipe.pretrain_tower import EasyVQAPictures
         from paddlemix.models.llava.demo import build, find_smollm2
@@ -93,12 +103,13 @@ class Recipe:
         build(scratch, find_smollm2(), [])  # tower and projector at random
         model = LlavaLlamaForCausalLM.from_pretrained(scratch)
         processor = LlavaProcessor.from_pretrained(scratch)
-        model.set_state_dict(load_file(str(self.out / "tower" / "tower.safetensors")))
-        words = Words(model.llama.embed_tokens.weight.numpy(), partial(encode_text, processor.tokenizer))
+        model.set_state_dict(load_file(str(self.out / "table" / "tower.safetensors")))
+        encode = partial(encode_text, processor.tokenizer)
+        words = word_embeddings(model.llama.embed_tokens.weight.numpy(), encode)
         easy = EasyVQAPictures(find_easy_vqa(self.arguments.easy_vqa))
         steps = self.arguments.projector_steps
-        explained = fit_projector(model.llama.vision_tower, model.llama.mm_projector, words, easy, steps)
-        logger.info("the projector explains %.3f of the targets' variance", explained)
+        nearest = fit_projector(model.llama.vision_tower, model.llama.mm_projector, words, easy, steps)
+        logger.info("%.3f of the patches lie nearest to their own word", nearest)
         shutil.rmtree(scratch)
         parts = []
         for name in ("vision_tower", "mm_projector"):
@@ -108,7 +119,7 @@ class Recipe:
         build(scratch, find_smollm2(), parts)
         write_rows(self.out / "data" / "text.json", text_rows(model, processor))
         scratch.rename(folder)
-        return {"explained": explained}
+        return {"nearest": nearest}
 
     def align(self) -> None:
         self._finetune("stage2", "stage2_align.json", self.out / "base", ["align.json"])
@@ -189,6 +200,7 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--easy_vqa", help="easy-VQA's data folder [the installed package's]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tower_steps", type=int, default=3000, help="steps of 32 pictures")
+    parser.add_argument("--table_steps", type=int, default=1600, help="steps of 64 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=200, help="rows of stage 2")
     parser.add_argument("--describe_rows", type=int, default=1300, help="rows of stage 3")
