@@ -58,3 +58,9 @@ def test_a_caption_is_scored_by_the_facts_it_names():
     assert fact_recall(said, ["red circle", "blue star"]) == 1.0
     assert fact_recall(said, ["red circle", "red star"]) == 0.5
     assert fact_recall("hundred circles", ["red circle"]) == 0.0
+
+
+def test_facts_in_lists_and_in_chinese():
+    listed = "small red circle: 0.10, 0.10, 0.30, 0.30; large blue star: 0.50, 0.50, 0.90, 0.90"
+    assert fact_recall(listed, ["red circle", "blue star", "red star"]) == 2 / 3
+    assert fact_recall("图中有一个小红色圆形和一个大蓝色星形。", ["红色圆形", "红色星形"]) == 0.5
