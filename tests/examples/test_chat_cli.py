@@ -123,7 +123,7 @@ def test_questions_of_a_script_are_answered_and_nothing_else(folder, capsys):
 
 
 def test_a_terminal(folder, tmp_path, environment):
-    flags = ["--model-path", str(folder), "--image-file", str(CAT), "--max-new-tokens", "1900", "--top-k", "50"]
+    flags = ["--model-path", str(folder), "--image-file", str(CAT), "--max-new-tokens", "1900", "--temperature", "0"]
     (tmp_path / "cat picture.png").write_bytes(CAT.read_bytes())
     child = pexpect.spawn(
         sys.executable,
