@@ -15,6 +15,7 @@ from paddle import nn
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.lean import on_cpu
 
 __all__ = ["DEFAULT_TARGETS", "add_lora", "resolve_targets"]
 
@@ -100,8 +101,8 @@ def add_lora(
         lora_dropout=dropout,
         rslora=rslora,
         dtype=dtype,
-        use_quick_lora=dropout == 0.0
-        and dtype == "float32",  # the same product by one matrix; rounds in half precision
+        # the same product by one matrix; in half precision, under AMP on a GPU too, adding into it would round
+        use_quick_lora=dropout == 0.0 and dtype == "float32" and on_cpu(),
         base_model_name_or_path=base,
     )
     wrapped = LoRAModel(model, config)
