@@ -144,12 +144,9 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
 
     easy = easy_vqa_data.find_easy_vqa()
     for name in ("a", "b"):
-        data.write_data(
-            tmp_path / name, easy, align_rows=3, describe_rows=6, instruct_scenes=4, instruct_easy=3, seed=1
-        )
+        data.write_data(tmp_path / name, easy, align_rows=3, instruct_scenes=4, instruct_easy=3, seed=1)
     for file in (
         "align.json",
-        "describe.json",
         "instruct.json",
         "scenes_test.json",
         "scenes_test_zh.json",
@@ -244,17 +241,24 @@ def test_the_table_says_what_the_scene_does():
     for seed in SEEDS:
         scene = scenes.make_scene(seed)
         objects = [(o.size, o.color, o.shape, o.box) for o in scene.objects]
-        words, places = write_table.table_of(objects[::-1])  # the order comes from where they are
-        assert [places[4 * row + column] for row, column in map(scenes.cell_of, scene.objects)] == list(
-            range(len(objects))
-        )
-        said = [write_table.WORDS[word] for word in words]
+        table = write_table.table_of(objects[::-1])  # the order comes from where they are
+        cells = [4 * row + column for row, column in map(scenes.cell_of, scene.objects)]
+        assert list(table["place"][cells]) == list(range(len(objects)))
+        said = [write_table.WORDS[word] for word in table["word"]]
         for row, obj in enumerate(scene.objects):
-            fields = said[12 * row : 12 * row + 12]
-            assert fields[:3] == [obj.size, obj.color, obj.shape] and fields[11] == write_table.END
-            sides = ["0." + "".join(fields[at : at + 2]) for at in (3, 5, 7, 9)]
-            assert ", ".join(sides) == questions.box_text(obj.box)
-        assert set(said[12 * len(objects) :]) == {write_table.EMPTY}
+            fields = said[16 * row : 16 * row + 16]
+            assert fields[:4] == [questions.region_of(obj), obj.size, obj.color, obj.shape]
+            assert "0" + "".join(fields[4:]).replace(",.", ", 0.") == questions.box_text(obj.box)
+            notes = {kind: table[kind][16 * row : 16 * row + 16] for kind in write_table.NOTES}
+            counts = [
+                sum(other.shape == obj.shape for other in scene.objects),
+                sum(other.color == obj.color for other in scene.objects),
+                len(objects),
+            ]
+            assert [note + 1 for note in notes["count"] if note >= 0] == counts
+            steps = [notes[kind][3] for kind in ("x", "y")]
+            np.testing.assert_allclose([(step + 0.5) / 8 for step in steps], obj.center, atol=1 / 16)
+        assert set(said[16 * len(objects) :]) <= {write_table.EMPTY}
 
 
 def test_two_more_layers_go_on_where_they_were_stopped(tmp_path, monkeypatch, small_easy_vqa):
@@ -269,7 +273,7 @@ def test_two_more_layers_go_on_where_they_were_stopped(tmp_path, monkeypatch, sm
     below, whole = tmp_path / "below" / "tower.safetensors", {**VISION, "num_hidden_layers": 3}
     options = dict(steps=4, batch_size=4, save_minutes=0, easy_vqa=easy)
     figures = write_table.write_table(str(tmp_path / "whole"), whole, below, **options)
-    assert set(figures) == {"place", "size", "color", "shape", "first", "second", "empty"}
+    assert set(figures) == set("part size color shape first second empty place count x y".split())
 
     original = write_table.batch_of_step
 
@@ -298,15 +302,23 @@ def test_the_projector_learns_to_write_words(small_easy_vqa):
     random_ = np.random.RandomState(0)
     vocabulary = {}
     embeddings = random_.randn(60, 48).astype(np.float32)
-    words = fit_projector.word_embeddings(embeddings, lambda text: [vocabulary.setdefault(text, len(vocabulary))])
-    for text, word in ((" red", "red"), ("7", "7"), (write_table.END, write_table.END)):
+
+    def encode(text):
+        return [vocabulary.setdefault(text, len(vocabulary))]
+
+    words, notes = fit_projector.word_embeddings(embeddings, encode), fit_projector.note_embeddings(embeddings, encode)
+    for text, word in ((" red", "red"), ("7", "7"), (".", write_table.POINT), ("\n", write_table.EMPTY)):
         np.testing.assert_array_equal(words[write_table.WORDS.index(word)], embeddings[vocabulary[text]])
+    left, right = (embeddings[vocabulary[text]] for text in (" left", " right"))
+    np.testing.assert_array_equal(notes["count"][1], embeddings[vocabulary["2"]])
+    np.testing.assert_allclose(notes["x"][[0, 7]], [(left - right) / 2, (right - left) / 2], atol=1e-6)
+    assert all((kind[-1] == 0).all() for kind in notes.values())
     easy = pretrain_tower.EasyVQAPictures(small_easy_vqa)
     paddle.seed(0)
     model = pretrain_tower.build(VISION)
     projector = paddle.nn.Sequential(paddle.nn.Linear(32, 48), paddle.nn.GELU(), paddle.nn.Linear(48, 48))
     before = [p.numpy().copy() for p in model.tower.parameters()]
-    nearest = fit_projector.fit_projector(model.tower, projector, words, easy, steps=60, batch_size=4)
+    nearest = fit_projector.fit_projector(model.tower, projector, words, notes, easy, steps=60, batch_size=4)
     # a tower that has learnt nothing still tells the patches' places apart, and so the digits from the ends
     assert nearest > 3 / len(write_table.WORDS)
     assert all((b == p.numpy()).all() for b, p in zip(before, model.tower.parameters()))

@@ -12,23 +12,22 @@ from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, 
 __all__ = ["KINDS", "write_data", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
-ALIGN_SEED, DESCRIBE_SEED, INSTRUCT_SEED = 500_000_000, 550_000_000, 600_000_000
-DESCRIBE = {"list": 2, "box": 2, "region": 1}  # how often stage 3 asks each kind
-ROUNDS = 8
+ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000
+ROUNDS = 12
 CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
 KINDS = {
-    "exist": 2,
+    "exist": 3,
     "color": 1,
     "shape": 1,
-    "size": 1,
-    "count": 2,
-    "position": 1,
-    "relation": 2,
-    "box": 2,
-    "region": 1,
-    "caption": 2,
-    "list": 2,
+    "size": 1.5,
+    "count": 3,
+    "position": 2,
+    "relation": 4,
+    "box": 1.5,
+    "region": 1.5,
+    "caption": 1.5,
+    "list": 0.5,
 }
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
@@ -39,19 +38,17 @@ def write_data(
     folder: Path,
     easy_vqa: Path,
     align_rows: int,
-    describe_rows: int,
     instruct_scenes: int,
     instruct_easy: int,
     seed: int,
 ) -> None:
-    """Writes the JSON files of stages 2 (``align``), 3 (``describe``) and 4 (``instruct``) and of the tests, and ``images/``.
+    """Writes the JSON files of stages 2 (``align``) and 3 (``instruct``) and of the tests, and ``images/``.
 
     Args:
         easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
         align_rows: scenes with a dense caption, for stage 2.
-        describe_rows: scenes with all their boxes, listed or asked for one by one, for stage 3.
-        instruct_scenes: chats about scenes, for stage 4.
-        instruct_easy: chats about easy-VQA's train pictures, for stage 4.
+        instruct_scenes: chats about scenes, for stage 3.
+        instruct_easy: chats about easy-VQA's train pictures, for stage 3.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -63,17 +60,6 @@ def write_data(
             {"image": f"images/{scene.seed}.png", "conversations": [["<image>", questions.dense_caption(scene)]]}
         )
     write_rows(folder / "align.json", align)
-
-    rng = random.Random(f"describe-{seed}")
-    describe = []
-    for number in range(describe_rows):
-        scene = make_scene(DESCRIBE_SEED + number)
-        draw_scene(scene).save(images / f"{scene.seed}.png")
-        kind = rng.choices(list(DESCRIBE), list(DESCRIBE.values()))[0]
-        one = questions.ask("list", rng, scene)
-        rounds = [one] if kind == "list" else questions.each_object(kind, rng, scene)
-        describe.append(questions.to_row(f"images/{scene.seed}.png", rounds))
-    write_rows(folder / "describe.json", describe)
 
     rng = random.Random(f"instruct-{seed}")
     instruct = []

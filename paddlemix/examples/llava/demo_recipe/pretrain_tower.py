@@ -88,9 +88,9 @@ def labels_of(objects: List[Target]) -> Dict[str, np.ndarray]:
     return labels
 
 
-def scene_picture(seed: int) -> Tuple[np.ndarray, List[Target]]:
+def scene_picture(seed: int, most: int = 5) -> Tuple[np.ndarray, List[Target]]:
     """A drawn scene as uint8 [64, 64, 3] and its objects; drawn at several sizes, as pictures come in practice."""
-    scene = make_scene(seed)
+    scene = make_scene(seed, most=most)
     pixels = random.Random(seed).choice((SIDE, SIDE, 96, 128, 256))
     image = draw_scene(scene, pixels)
     if pixels != SIDE:

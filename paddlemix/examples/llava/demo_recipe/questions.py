@@ -6,11 +6,10 @@ one. A box is four numbers with two decimals: left, top, right, bottom in 0..1 o
 
 import random
 import re
-from dataclasses import replace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
-from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject
+from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject, ninth_of, part_name
 
 __all__ = [
     "IN_A_SENTENCE",
@@ -21,7 +20,6 @@ __all__ = [
     "caption",
     "conversation",
     "dense_caption",
-    "each_object",
     "test_rows",
     "to_row",
 ]
@@ -59,10 +57,7 @@ def dense_caption(scene: Scene, say: Language = ENGLISH) -> str:
 
 def region_of(obj: SceneObject) -> str:
     """The ninth of the picture that holds the object's centre: ``top left``, ``top``, … ``center``."""
-    x, y = obj.center
-    row = ("top", "", "bottom")[min(2, int(3 * y))]
-    column = ("left", "", "right")[min(2, int(3 * x))]
-    return f"{row} {column}".strip() or "center"
+    return part_name(*ninth_of(*obj.center))
 
 
 def _unique(scene: Scene, attribute: str) -> List[SceneObject]:
@@ -240,12 +235,6 @@ def _gives_away(earlier: Round, later: Round) -> bool:
         return True
     box = _BOX.search(f"{later.question} {later.answer}")
     return later.kind != "list" and bool(box and box.group() in f"{earlier.question} {earlier.answer}")
-
-
-def each_object(kind: str, rng: random.Random, scene: Scene, say: Language = ENGLISH) -> List[Round]:
-    """The question ``box`` or ``region`` about every object, in random order."""
-    objects = rng.sample(scene.objects, len(scene.objects))
-    return [_MAKERS[kind](rng, replace(scene, objects=(obj,)), say) for obj in objects]
 
 
 def to_row(image: str, rounds: Sequence[Round]) -> Dict[str, Any]:

@@ -7,8 +7,7 @@
     table     two more layers of it write them down, a word a patch (write_table.py)
     base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
-    describe  stage 3: LoRA on the decoder and the projector, on objects and boxes (…, stage3_describe.json)
-    instruct  stage 4: goes on with these, on chats (…, stage4_instruct.json)
+    instruct  stage 3: LoRA on the decoder, and the projector, on chats (…, stage3_instruct.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -36,7 +35,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "table", "base", "align", "describe", "instruct", "export", "evaluate")
+STEPS = ("data", "tower", "table", "base", "align", "instruct", "export", "evaluate")
 
 
 class Recipe:
@@ -66,7 +65,7 @@ class Recipe:
 
         a = self.arguments
         easy = find_easy_vqa(a.easy_vqa)
-        counts = a.align_rows, a.describe_rows, a.instruct_scenes, a.instruct_easy_vqa
+        counts = a.align_rows, a.instruct_scenes, a.instruct_easy_vqa
         write_data(self.out / "data", easy, *counts, a.seed)
 
     def tower(self) -> Dict[str, Any]:
@@ -91,7 +90,7 @@ class Recipe:
         from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
         from paddlemix.examples.llava.demo_recipe.data import write_rows
         from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
-        from paddlemix.examples.llava.demo_recipe.fit_projector import fit_projector, word_embeddings
+        from paddlemix.examples.llava.demo_recipe.fit_projector import fit_projector, note_embeddings, word_embeddings
         from paddlemix.examples.llava.demo_recipe.language import text_rows
         from paddlemix.examples.llava.demo_recipe.pretrain_tower import EasyVQAPictures
         from paddlemix.models.llava.demo import build, find_smollm2
@@ -105,10 +104,12 @@ class Recipe:
         processor = LlavaProcessor.from_pretrained(scratch)
         model.set_state_dict(load_file(str(self.out / "table" / "tower.safetensors")))
         encode = partial(encode_text, processor.tokenizer)
-        words = word_embeddings(model.llama.embed_tokens.weight.numpy(), encode)
+        embeddings = model.llama.embed_tokens.weight.numpy()
+        words, notes = word_embeddings(embeddings, encode), note_embeddings(embeddings, encode)
         easy = EasyVQAPictures(find_easy_vqa(self.arguments.easy_vqa))
         steps = self.arguments.projector_steps
-        nearest = fit_projector(model.llama.vision_tower, model.llama.mm_projector, words, easy, steps)
+        parts = model.llama.vision_tower, model.llama.mm_projector
+        nearest = fit_projector(*parts, words, notes, easy, steps)
         logger.info("%.3f of the patches lie nearest to their own word", nearest)
         shutil.rmtree(scratch)
         parts = []
@@ -124,19 +125,15 @@ class Recipe:
     def align(self) -> None:
         self._finetune("stage2", "stage2_align.json", self.out / "base", ["align.json"])
 
-    def describe(self) -> None:
-        self._finetune("stage3", "stage3_describe.json", self.out / "stage2", ["describe.json", "text.json"])
-
     def instruct(self) -> None:
         data = ["instruct.json", "text.json", "text.json"]
-        self._finetune("stage4", "stage4_instruct.json", self.out / "stage2", data, lora_path=str(self.out / "stage3"))
+        self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", data)
 
-    def _finetune(self, name: str, shipped: str, model: Path, data: List[str], **more: str) -> None:
+    def _finetune(self, name: str, shipped: str, model: Path, data: List[str]) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
         config["output_dir"] = str(self.out / name)
-        config.update(more)
         for entry, file in zip(config["dataset"]["train"], data):
             entry["data_files"] = str(self.out / "data" / file)
         path = self.out / f"{name}.json"
@@ -146,7 +143,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage4", self.out / "weights")
+        export(self.out / "stage3", self.out / "weights")
 
     def evaluate(self) -> Dict[str, Any]:
         """The tests, greedy, asked of the model as it is shipped; easy-VQA also with blank pictures."""
@@ -200,12 +197,11 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--easy_vqa", help="easy-VQA's data folder [the installed package's]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tower_steps", type=int, default=3000, help="steps of 32 pictures")
-    parser.add_argument("--table_steps", type=int, default=1600, help="steps of 64 pictures")
+    parser.add_argument("--table_steps", type=int, default=2600, help="steps of 64 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=100, help="rows of stage 2")
-    parser.add_argument("--describe_rows", type=int, default=500, help="rows of stage 3")
-    parser.add_argument("--instruct_scenes", type=int, default=550, help="chats of stage 4 about scenes")
-    parser.add_argument("--instruct_easy_vqa", type=int, default=250, help="chats of stage 4 about easy-VQA")
+    parser.add_argument("--instruct_scenes", type=int, default=1400, help="chats of stage 3 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 

@@ -11,7 +11,21 @@ from typing import List, Optional, Tuple
 
 from PIL import Image, ImageDraw
 
-__all__ = ["COLORS", "SHAPES", "SIZES", "TEST_SEEDS", "Scene", "SceneObject", "draw_scene", "make_scene"]
+__all__ = [
+    "COLORS",
+    "COLUMNS",
+    "MOST",
+    "ROWS",
+    "SHAPES",
+    "SIZES",
+    "TEST_SEEDS",
+    "Scene",
+    "SceneObject",
+    "draw_scene",
+    "make_scene",
+    "ninth_of",
+    "part_name",
+]
 
 Box = Tuple[float, float, float, float]
 
@@ -30,12 +44,15 @@ COLORS = {
 }
 SHAPES = ("circle", "rectangle", "triangle", "star", "diamond", "cross")
 SIZES = ("small", "large")
+ROWS = ("top", "center", "bottom")
+COLUMNS = ("left", "center", "right")
 
 # Seeds of the test pictures; training uses smaller ones.
 TEST_SEEDS = range(1_000_000_000, 1_000_000_500)
 
 CANVAS = 64  # the unit of every length below: the default model sees 64 x 64 pixels
 CELL = 16  # two centres never share a cell of this side, which keeps small neighbours apart
+MOST = 4  # objects of a scene, as many as the tower's table has room for
 SMALL = (11.0, 16.0)
 LARGE = (20.0, 28.0)
 GAP = 1.5
@@ -73,6 +90,16 @@ class Scene:
     objects: Tuple[SceneObject, ...]
 
 
+def ninth_of(x: float, y: float) -> Tuple[str, str]:
+    """The thirds of the picture, from the top and from the left, in which a point lies."""
+    return ROWS[min(2, int(3 * y))], COLUMNS[min(2, int(3 * x))]
+
+
+def part_name(row: str, column: str) -> str:
+    """``top left``, ``top``, … ``center``"""
+    return " ".join(name for name in (row, column) if name != "center") or "center"
+
+
 def cell_of(obj: SceneObject) -> Tuple[int, int]:
     """(row, column) of the 16-unit cell that holds the object's centre."""
     last = CANVAS // CELL - 1
@@ -80,15 +107,16 @@ def cell_of(obj: SceneObject) -> Tuple[int, int]:
     return min(int(y * CANVAS / CELL), last), min(int(x * CANVAS / CELL), last)
 
 
-def make_scene(seed: int, count: Optional[int] = None) -> Scene:
-    """Chooses one to five objects that don't overlap; no two have both colour and shape in common.
+def make_scene(seed: int, count: Optional[int] = None, most: int = MOST) -> Scene:
+    """Chooses objects that don't overlap; no two have both colour and shape in common.
 
     Args:
         seed: everything follows from it.
         count: how many objects, instead of a random number of them. A crowded scene may end up with fewer.
+        most: limit of the random number, up to 5.
     """
     rng = random.Random(f"scene-{seed}")
-    wanted = count or rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5))
+    wanted = count or min(most, rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5)))
     objects: List[SceneObject] = []
     # a scene often repeats a shape or a colour; without that, counting would hardly be asked
     shapes = rng.sample(SHAPES, rng.choice((2, 3, 4, 6)))

@@ -1,11 +1,16 @@
 """Stage 1, second half: two more layers write what the tower sees as a table, one word a patch, which a decoder can read.
 
-The patches, in raster order, become rows of twelve words, one row for each object in reading order:
+The patches, in raster order, become rows of sixteen words, one row for each object in reading order:
 
-    small red circle 2 3 3 3 7 9 7 8 ;      its size, colour and shape, the decimals of left, top, right, bottom, an end
+    top left  small red circle  . 1 3 ,. 2 2 ,. 3 5 ,. 4 4
+
+The first word is the part of the picture (one patch, also for a part of two words), then come size, colour and shape, then
+the box as an answer gives it. Over some words stands a note, which the decoder would have to work out otherwise: over the
+first three points the number of objects of that shape, of that colour, and of all; over the shape where along x and y the
+centre is. Patches that are left over are empty.
 
 The layers below are frozen. The first of the two layers is asked for each object's place in the reading order, the second
-for the words; the heads that are asked are thrown away.
+for words and notes; the heads that are asked are thrown away.
 """
 
 import logging
@@ -13,7 +18,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import numpy as np
 
@@ -34,50 +39,67 @@ from paddlemix.examples.llava.demo_recipe.pretrain_tower import (
     normalize,
     scene_picture,
 )
-from paddlemix.examples.llava.demo_recipe.scenes import SHAPES, SIZES
+from paddlemix.examples.llava.demo_recipe.scenes import COLUMNS, MOST, ROWS, SHAPES, SIZES, ninth_of, part_name
 
-__all__ = ["END", "EMPTY", "WORDS", "table_of", "write_table"]
+__all__ = ["EMPTY", "NEXT", "NOTES", "POINT", "WORDS", "table_of", "write_table"]
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
-END, EMPTY = ";", "\n"
-WORDS = (*SIZES, *COLOR_NAMES, *SHAPES, *(str(digit) for digit in range(10)), END, EMPTY)
-_INDEX = {word: index for index, word in enumerate(WORDS)}
-OBJECTS, FIELDS = 5, 12
+POINT, NEXT, EMPTY = ".", ",.", "\n"
+PARTS = tuple(part_name(row, column) for row in ROWS for column in COLUMNS)
+WORDS = (*PARTS, *SIZES, *COLOR_NAMES, *SHAPES, *(str(digit) for digit in range(10)), POINT, NEXT, EMPTY)
+STEPS = 8  # of a centre's x and y
+NOTES = {"count": MOST, "x": STEPS, "y": STEPS}  # kinds, and how many values each has
+_WORD = {word: index for index, word in enumerate(WORDS)}
+FIELDS = 16  # of an object's row
+_SHAPE_FIELD, _POINT_FIELDS = 3, (4, 7, 10, 13)
 
 
-def table_of(objects: List[Target]) -> Tuple[np.ndarray, np.ndarray]:
-    """Labels of one picture: the word of each patch [P], and the place in the reading order of each cell [C]; ``UNKNOWN``
-    where a word isn't known or a cell is empty."""
-    words = np.full(GRID * GRID, _INDEX[EMPTY])
-    places = np.full(CELLS * CELLS, UNKNOWN)
+def table_of(objects: List[Target]) -> Dict[str, np.ndarray]:
+    """Labels of one picture: ``word`` and the value of each kind of note, of each patch [P], and ``place`` in the reading
+    order, of each cell [C].
+
+    ``UNKNOWN`` stands where a word isn't known, where there is no note, and where a cell is empty.
+    """
+    labels = {kind: np.full(GRID * GRID, UNKNOWN) for kind in NOTES}
+    labels["word"] = np.full(GRID * GRID, _WORD[EMPTY])
+    labels["place"] = np.full(CELLS * CELLS, UNKNOWN)
     cells = []
-    for obj in objects:
-        left, top, right, bottom = obj[3]
+    for *_, (left, top, right, bottom) in objects:
         row, column = (min(CELLS - 1, int(middle * CELLS)) for middle in ((top + bottom) / 2, (left + right) / 2))
         cells.append(row * CELLS + column)
     for place, number in enumerate(np.argsort(cells)):
         size, color, shape, box = objects[number]
-        places[cells[number]] = place
-        row = [size, color, shape, *(str(digit) for pair in digits(box) for digit in pair), END]
-        words[place * FIELDS : (place + 1) * FIELDS] = [UNKNOWN if word is None else _INDEX[word] for word in row]
-    return words, places
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        words = [part_name(*ninth_of(x, y)), size, color, shape]
+        for side, pair in enumerate(digits(box)):
+            words += [NEXT if side else POINT, *map(str, pair)]
+        first = place * FIELDS
+        labels["place"][cells[number]] = place
+        labels["word"][first : first + FIELDS] = [UNKNOWN if word is None else _WORD[word] for word in words]
+        labels["x"][first + _SHAPE_FIELD] = int(x * STEPS)
+        labels["y"][first + _SHAPE_FIELD] = int(y * STEPS)
+        of_shape, of_color = (sum(other[at] == objects[number][at] for other in objects) for at in (2, 1))
+        for field, count in zip(_POINT_FIELDS, (of_shape, of_color, len(objects))):
+            labels["count"][first + field] = count - 1
+    return labels
 
 
 def batch_of_step(step: int, size: int, easy: EasyVQAPictures, seed: int):
-    """pixel_values [N, 3, H, W], words [N, P], places [N, C]; a quarter of easy-VQA, the same for the same step."""
+    """pixel_values [N, 3, H, W] and labels of :func:`table_of`, [N, …]; a quarter of easy-VQA; the same for the same step."""
     rng = random.Random(f"table-{seed}-{step}")
     from_easy = size // 4
     samples = [easy.take(rng) for _ in range(from_easy)]
     # the seeds go on after those of the layers below
-    samples += [scene_picture(200_000_000 + step * size + i) for i in range(size - from_easy)]
+    samples += [scene_picture(200_000_000 + step * size + i, MOST) for i in range(size - from_easy)]
     return collate(samples)
 
 
 def collate(samples):
     tables = [table_of(objects) for _, objects in samples]
-    words, places = (np.stack(each) for each in zip(*tables))
-    return normalize([picture for picture, _ in samples]), words, places
+    return normalize([picture for picture, _ in samples]), {
+        k: np.stack([each[k] for each in tables]) for k in tables[0]
+    }
 
 
 def write_table(output_dir: str, vision: Dict, tower: Path, **options) -> Dict[str, float]:
@@ -102,7 +124,7 @@ def _write_table(
     output_dir: str,
     vision: Dict,
     tower: Path,
-    steps: int = 1600,
+    steps: int = 2600,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
     seed: int = 1,
@@ -126,8 +148,9 @@ def _write_table(
     below, counting, writing = layers[:-2], layers[-2], layers[-1]
     top = nn.LayerList([counting, writing])
     initialize_layers(top, vision)
-    place_head = nn.Linear(vision["hidden_size"], OBJECTS)
-    word_head = nn.Linear(vision["hidden_size"], len(WORDS))
+    place_head = nn.Linear(vision["hidden_size"], MOST)
+    parts = {"word": len(WORDS), **NOTES}
+    word_head = nn.Linear(vision["hidden_size"], sum(parts.values()))
     given = {name[len(TOWER_PREFIX) :]: value for name, value in load_file(str(tower)).items()}
     whole.set_state_dict({**whole.state_dict(), **given})
     trained = [*top.parameters(), *place_head.parameters(), *word_head.parameters()]
@@ -152,7 +175,7 @@ def _write_table(
     places_of_cells = paddle.to_tensor(cell_patches().reshape(-1) + 1)  # after the class token
 
     def forward(pixel_values):
-        """Logits of places [N, 4 C, 5] and words [N, P, W]."""
+        """Logits of each label: place [N, 4 C, 4], word [N, P, W], the kinds of notes [N, P, …]."""
         model = whole.vision_tower.vision_model
         with paddle.no_grad():
             hidden = model.embed(paddle.to_tensor(pixel_values))
@@ -160,7 +183,8 @@ def _write_table(
                 hidden = layer(hidden)
         hidden = counting(hidden)
         at_cells = place_head(hidden.index_select(places_of_cells, axis=1))
-        return at_cells, word_head(writing(hidden)[:, 1:])
+        written = word_head(writing(hidden)[:, 1:]).split(list(parts.values()), axis=-1)
+        return {"place": at_cells, **dict(zip(parts, written))}
 
     def cross_entropy(logits, labels):
         labels = paddle.to_tensor(labels).astype("int64").flatten()
@@ -170,18 +194,19 @@ def _write_table(
 
     began = saved = time.time()
     for step in range(start, steps):
-        pixel_values, words, places = batch_of_step(step, batch_size, easy, seed)
-        place_logits, word_logits = forward(pixel_values)
-        filled = np.where(words == _INDEX[EMPTY], UNKNOWN, words)
-        empty = np.where(words == _INDEX[EMPTY], words, UNKNOWN)
-        loss = cross_entropy(place_logits, np.tile(places, (1, 4)))
-        loss = loss + 2 * cross_entropy(word_logits, filled) + 0.3 * cross_entropy(word_logits, empty)
+        pixel_values, labels = batch_of_step(step, batch_size, easy, seed)
+        logits = forward(pixel_values)
+        empty = labels["word"] == _WORD[EMPTY]
+        loss = cross_entropy(logits["place"], np.tile(labels["place"], (1, 4)))
+        loss = loss + 2 * cross_entropy(logits["word"], np.where(empty, UNKNOWN, labels["word"]))
+        loss = loss + 0.3 * cross_entropy(logits["word"], np.where(empty, labels["word"], UNKNOWN))
+        loss = loss + sum(cross_entropy(logits[kind], labels[kind]) for kind in NOTES) / len(NOTES)
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
         schedule.step()
         if step % 50 == 0:
-            figures = _accuracy(place_logits.numpy(), word_logits.numpy(), words, places)
+            figures = _accuracy(logits, labels)
             text = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
             pace = (step + 1 - start) * batch_size / (time.time() - began)
             logger.info("table step %d/%d loss %.3f %.0f pictures/s %s", step, steps, float(loss), pace, text)
@@ -190,10 +215,9 @@ def _write_table(
             saved = time.time()
     save(steps)
     with paddle.no_grad():
-        pixel_values, words, places = collate([scene_picture(seed) for seed in VALIDATION_SEEDS])
-        parts = [forward(pixel_values[i : i + 64]) for i in range(0, len(words), 64)]
-    logits = [paddle.concat(each).numpy() for each in zip(*parts)]
-    figures = _accuracy(*logits, words, places)
+        pixel_values, labels = collate([scene_picture(seed, MOST) for seed in VALIDATION_SEEDS])
+        batches = [forward(pixel_values[i : i + 64]) for i in range(0, len(pixel_values), 64)]
+    figures = _accuracy({name: paddle.concat([each[name] for each in batches]) for name in batches[0]}, labels)
     logger.info("validation %s", figures)
     save_file(
         {TOWER_PREFIX + name: value.numpy() for name, value in whole.state_dict().items()},
@@ -202,20 +226,23 @@ def _write_table(
     return figures
 
 
-def _accuracy(place_logits, word_logits, words, places) -> Dict[str, float]:
-    """Share of right answers: places, and words of each field of objects' rows and of empty ones."""
-    places, guess = np.tile(places, (1, 4)), word_logits.argmax(-1)
-    result = {"place": float((place_logits.argmax(-1) == places)[places != UNKNOWN].mean())}
+def _accuracy(logits, labels) -> Dict[str, float]:
+    """Share of right answers: places, words of each field of objects' rows and of empty ones, notes by kind."""
+    labels = {**labels, "place": np.tile(labels["place"], (1, 4))}
+    right = {name: logits[name].numpy().argmax(-1) == value for name, value in labels.items()}
+    empty = labels["word"] == _WORD[EMPTY]
     field = np.arange(GRID * GRID) % FIELDS
-    filled = (words != _INDEX[EMPTY]) & (words != UNKNOWN)
-    for name, chosen in (
-        ("size", [0]),
-        ("color", [1]),
-        ("shape", [2]),
-        ("first", [3, 5, 7, 9]),
-        ("second", [4, 6, 8, 10]),
+    result = {}
+    for name, fields in (
+        ("part", [0]),
+        ("size", [1]),
+        ("color", [2]),
+        ("shape", [3]),
+        ("first", [5, 8, 11, 14]),
+        ("second", [6, 9, 12, 15]),
     ):
-        where = filled & np.isin(field, chosen)
-        result[name] = float((guess == words)[where].mean())
-    result["empty"] = float((guess == words)[words == _INDEX[EMPTY]].mean())
+        result[name] = float(right["word"][~empty & (labels["word"] != UNKNOWN) & np.isin(field, fields)].mean())
+    result["empty"] = float(right["word"][empty].mean())
+    for name in ("place", *NOTES):
+        result[name] = float(right[name][labels[name] != UNKNOWN].mean())
     return result
