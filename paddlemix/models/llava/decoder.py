@@ -37,6 +37,7 @@ class KVCache:
         self.values = [None] * config.num_hidden_layers
         self._allocated = 0
         self.bias = None  # [B, allocated] 0 where a key counts, masked_score at padding and past the length
+        self.host_steps = None  # what takes single tokens on a CPU, once it has been checked against the weights
         self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
 
     def reserve(self, tokens: int) -> None:
@@ -193,10 +194,30 @@ class LlamaAttention(nn.Layer):
         both = turn(both.reshape([batch, heads + groups, 1, width]), *tables)
         value = project(self.v_proj, hidden).reshape([batch, groups, 1, width])
         cache.write(index, both[:, heads:], value)
-        query = both[:, :heads].reshape([batch, groups, heads // groups, width])
+        return self._look_up(both[:, :heads], bias, cache, index)
+
+    def read_last(self, hidden, rotation, last, cache: KVCache, index: int):
+        """hidden [B, T, D] -> [B, 1, D]: T tokens go into the cache, and only the last one looks at what it holds.
+
+        last: tables of the last token's queries, and bias [B, G, H/G, C].
+        """
+        batch, tokens, _ = hidden.shape
+        key, value = (
+            project(layer, hidden).reshape([batch, tokens, self.groups, self.width]).transpose([0, 2, 1, 3])
+            for layer in (self.k_proj, self.v_proj)
+        )
+        cache.write(index, rotate(key, rotation), value)
+        query = project(self.q_proj, hidden[:, -1:]).reshape([batch, self.heads, 1, self.width])
+        cos, sin, bias = last
+        return self._look_up(turn(query, cos, sin), bias, cache, index)
+
+    def _look_up(self, query, bias, cache, index):
+        """query [B, H, 1, K], turned and scaled, over the whole buffer of the cache -> [B, 1, D]."""
+        batch = query.shape[0]
+        query = query.reshape([batch, self.groups, self.heads // self.groups, self.width])
         scores = paddle.matmul(query, cache.keys[index], transpose_y=True) + bias
         context = paddle.matmul(F.softmax(scores, axis=-1), cache.values[index])
-        return project(self.o_proj, context.reshape([batch, 1, heads * width]))
+        return project(self.o_proj, context.reshape([batch, 1, self.heads * self.width]))
 
 
 class LlamaMLP(nn.Layer):
@@ -224,6 +245,12 @@ class LlamaDecoderLayer(nn.Layer):
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, flash, cache, index)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
+    def read_last(self, hidden, rotation, last, cache: KVCache, index: int):
+        """What :meth:`forward` gives at the last token, [B, 1, D]: most of a layer is needed for that token only."""
+        context = self.self_attn.read_last(self.input_layernorm(hidden), rotation, last, cache, index)
+        hidden = hidden[:, -1:] + context
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
 
 class LlamaDecoder(nn.Layer):
     """Token embeddings, the layers and the last norm; embeddings [B, T, D] to hidden states [B, T, D]."""
@@ -244,6 +271,7 @@ class LlamaDecoder(nn.Layer):
         position_ids: Optional[paddle.Tensor] = None,
         segment_ids: Optional[paddle.Tensor] = None,
         cache: Optional[KVCache] = None,
+        last_only: bool = False,
     ) -> paddle.Tensor:
         """Reads T tokens.
 
@@ -253,9 +281,10 @@ class LlamaDecoder(nn.Layer):
             position_ids: [B, T]; by default the number of real tokens before each one in its row.
             segment_ids: [B, T], for packed rows: a token sees only its own segment. Not with a cache.
             cache: the T tokens follow what it holds, and are added to it.
+            last_only: with a cache, whether the last token's hidden state is enough.
 
         Returns:
-            hidden states [B, T, D] after the last norm; rows at padding hold no meaning.
+            hidden states [B, T, D] after the last norm; rows at padding hold no meaning. [B, 1, D] with ``last_only``.
         """
         batch, tokens, _ = inputs_embeds.shape
         if attention_mask is not None and bool((attention_mask != 0).all()):
@@ -268,14 +297,17 @@ class LlamaDecoder(nn.Layer):
         rotation = Rotation(*self.rotary(position_ids, longest, inputs_embeds.dtype))
         bias = self._bias(attention_mask if segment_ids is None else None, cache, tokens, inputs_embeds.dtype)
         if cache is not None and tokens == 1:
-            rotation, mask = self._for_one_token(rotation, bias)
+            rotation, mask = self._for_one_token(rotation, batch, cache)
         else:
             mask = AttentionMask(causal=True, bias=bias, segment_ids=segment_ids)
         flash = bool(self.config.use_flash_attention) and paddle.device.get_device().startswith("gpu") and tokens > 1
 
         hidden = inputs_embeds
         for index, layer in enumerate(self.layers):
-            if self.enable_recompute and self.training and not hidden.stop_gradient:
+            if last_only and cache is not None and tokens > 1 and index == len(self.layers) - 1:
+                tables = rotation.of_one_token(batch, self.config.num_attention_heads, 0)
+                hidden = layer.read_last(hidden, rotation, (*tables, self._open_bias(cache)), cache, index)
+            elif self.enable_recompute and self.training and not hidden.stop_gradient:
                 from paddle.distributed.fleet.utils import recompute
 
                 hidden = recompute(layer, hidden, rotation, mask, flash)
@@ -285,10 +317,15 @@ class LlamaDecoder(nn.Layer):
             cache.length = past + tokens
         return self.norm(hidden)
 
-    def _for_one_token(self, rotation: Rotation, bias):
+    def _for_one_token(self, rotation: Rotation, batch: int, cache: KVCache):
         """Tables and bias in the full shape of what they meet in each layer, which broadcasting is slower than."""
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        return rotation.of_one_token(bias.shape[0], heads, groups), bias.tile([1, groups, heads // groups, 1])
+        return rotation.of_one_token(batch, heads, groups), self._open_bias(cache)
+
+    def _open_bias(self, cache: KVCache) -> paddle.Tensor:
+        """[B, G, H/G, C]: what one query for each head must not see of the cache's buffer."""
+        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
+        return cache.bias.unsqueeze([1, 2]).tile([1, groups, heads // groups, 1])
 
     def _positions(self, batch, tokens, attention_mask, cache):
         """[B, T] positions that padding doesn't count in, and the highest plus one."""

@@ -92,13 +92,16 @@ class Rotation:
         return self._full[heads]
 
     def of_one_token(self, batch: int, heads: int, groups: int) -> Tuple[paddle.Tensor, paddle.Tensor]:
-        """cos and signed sin [B, H + G, 1, K] of queries and keys together; the queries' part is scaled by 1/sqrt(K)."""
+        """cos and signed sin [B, H + G, 1, K] of the last token's queries and keys together; the queries' part is scaled
+        by 1/sqrt(K)."""
         scale = self._cos.shape[-1] ** -0.5
         times = batch // self._cos.shape[0]
-        return tuple(
-            paddle.concat([table.tile([times, heads, 1, 1]) * scale, table.tile([times, groups, 1, 1])], axis=1)
-            for table in (self._cos, self._sin)
-        )
+        tables = []
+        for table in (self._cos[:, :, -1:], self._sin[:, :, -1:]):
+            parts = [table.tile([times, heads, 1, 1]) * scale]
+            parts += [table.tile([times, groups, 1, 1])] if groups else []
+            tables.append(paddle.concat(parts, axis=1))
+        return tuple(tables)
 
 
 def rotate(x: paddle.Tensor, rotation: Rotation) -> paddle.Tensor:

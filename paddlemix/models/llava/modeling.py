@@ -20,6 +20,7 @@ from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.decoder import KVCache, LlamaDecoder
 from paddlemix.models.llava.generation import GenerationSettings, Sampler, beam_search, decode_steps
+from paddlemix.models.llava.host_steps import HostSteps
 from paddlemix.models.llava.merge import merge_image_features
 from paddlemix.models.llava.projector import build_projector
 from paddlemix.models.llava.vision_tower import CLIPVisionTower
@@ -249,11 +250,14 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         self, inputs_embeds: paddle.Tensor, cache: KVCache, attention_mask: Optional[paddle.Tensor] = None
     ) -> paddle.Tensor:
         """Reads [B, T, D] into the cache; logits [B, V] after the last token."""
-        return self.lm_logits(self.llama(inputs_embeds, attention_mask, cache=cache)[:, -1])
+        return self.lm_logits(self.llama(inputs_embeds, attention_mask, cache=cache, last_only=True)[:, -1])
 
     @paddle.no_grad()
     def step(self, ids: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
         """Reads one token [B, 1] into the cache; logits [B, V] after it."""
+        on_host = HostSteps.of(self, cache)
+        if on_host is not None:
+            return paddle.to_tensor(on_host(self, int(ids.item()), cache)).unsqueeze(0)
         return self.prefill(self.llama.embed_tokens(ids), cache)
 
     @paddle.no_grad()

@@ -1,0 +1,176 @@
+"""Decoding on a CPU: one token of one row, by NumPy over the memory of Paddle's tensors.
+
+A step reads every weight once, so memory should bound it. Paddle's step takes twice that time: some thirty kernels a layer,
+each with its own overhead, and products of one row by MKL, which reads at half of the memory's pace. The BLAS of NumPy's wheels
+(OpenBLAS) reads at full pace, and its calls cost a microsecond. See ``benchmarks/README.md`` for figures.
+"""
+
+import ctypes
+from typing import Any, List, Optional
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from paddlemix.models.llava.decoder import KVCache
+from paddlemix.models.llava.lean import on_cpu
+
+__all__ = ["HostSteps"]
+
+# A product with a matrix of fewer columns reads at half of the pace, unless its rows are outputs; of such ones, which are a
+# small share of a large model, a turned copy is kept.
+NARROW = 960
+
+_kept: "WeakKeyDictionary[Any, HostSteps]" = WeakKeyDictionary()
+
+
+def _view(tensor: paddle.Tensor) -> np.ndarray:
+    """The memory of a float32 tensor on the host, of which the caller must keep hold."""
+    numbers = (ctypes.c_float * tensor.size).from_address(tensor.data_ptr())
+    return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
+
+
+class _Product:
+    """``x @ weight`` for a vector."""
+
+    def __init__(self, weight: paddle.Tensor):
+        self.weight = _view(weight)
+        self.turned = np.ascontiguousarray(self.weight.T) if self.weight.shape[1] < NARROW else None
+        self.probe = None
+        if self.turned is not None:
+            self.probe = np.random.default_rng(0).standard_normal(self.weight.shape[0], np.float32)
+            self.probed = self.probe @ self.weight
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x @ self.weight if self.turned is None else self.turned @ x
+
+    def stale(self) -> bool:
+        """Whether the weight has changed since it was copied: a product with fixed numbers comes out differently."""
+        return self.turned is not None and not np.array_equal(self.probe @ self.weight, self.probed)
+
+
+class _Layer:
+    def __init__(self, layer: nn.Layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.query, self.key, self.value, self.out = (
+            _Product(each.weight) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        self.gate, self.up, self.down = (_Product(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.before_attention = _view(layer.input_layernorm.weight)
+        self.before_mlp = _view(layer.post_attention_layernorm.weight)
+
+    def products(self) -> List[_Product]:
+        return [self.query, self.key, self.value, self.out, self.gate, self.up, self.down]
+
+
+class HostSteps:
+    """Steps of one model's decoder; the cache is the one that Paddle's passes read and write.
+
+    Shapes: D width, H heads, G key/value heads, K head width, S tokens held.
+    """
+
+    def __init__(self, model: Any):
+        decoder, config = model.llama, model.config
+        self._tensors = _tensors(model)  # holds what the views look at
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self.layers = [_Layer(layer) for layer in decoder.layers]
+        self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
+        self.head = None if config.tie_word_embeddings else _Product(model.lm_head.weight)
+        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.epsilon = config.rms_norm_eps
+
+    @classmethod
+    def of(cls, model: Any, cache: KVCache) -> Optional["HostSteps"]:
+        """The model's, for the next step on ``cache``; None where Paddle has to take it.
+
+        Copies of weights are compared with the weights once for each cache.
+        """
+        if cache.batch_size != 1 or model.training or not on_cpu():
+            return None
+        steps = getattr(cache, "host_steps", None)
+        if steps is not None and steps._holds(model):
+            return steps
+        steps = _kept.get(model)
+        if steps is None or not steps._holds(model) or steps._stale():
+            if not _serves(model):
+                return None
+            steps = _kept[model] = cls(model)
+        cache.host_steps = steps
+        return steps
+
+    def _holds(self, model: Any) -> bool:
+        """Whether the model's tensors are where they were."""
+        return [tensor.data_ptr() for tensor in _tensors(model)] == self._places
+
+    def _stale(self) -> bool:
+        products = [product for layer in self.layers for product in layer.products()]
+        return any(product.stale() for product in products + ([self.head] if self.head else []))
+
+    def __call__(self, model: Any, token: int, cache: KVCache) -> np.ndarray:
+        """Reads a token into the cache; logits [V] after it."""
+        decoder = model.llama
+        positions, longest = decoder._positions(1, 1, None, cache)
+        cos, sin = (table.numpy().reshape(-1) for table in decoder.rotary(positions, longest, "float32"))
+        half = self.width // 2
+        sin = np.concatenate([-sin[:half], sin[half:]])
+        bias = decoder._bias(None, cache, 1, "float32").numpy().reshape(-1)
+        stop = cache.length + 1
+        bias = None if cache.positions is None else bias[:stop]  # without padding nothing that is held is hidden
+        heads, groups, width = self.heads, self.groups, self.width
+
+        def turn(x):
+            return x * cos + np.concatenate([x[:, half:], x[:, :half]], axis=1) * sin
+
+        hidden = self.embeddings[token].copy()
+        for index, layer in enumerate(self.layers):
+            x = self._norm(hidden, layer.before_attention)
+            keys, values = (_view(each[index])[0] for each in (cache.keys, cache.values))  # [G, C, K]
+            keys[:, cache.length] = turn(layer.key(x).reshape(groups, width))
+            values[:, cache.length] = layer.value(x).reshape(groups, width)
+            query = turn(layer.query(x).reshape(heads, width)) * np.float32(width**-0.5)
+            scores = query.reshape(groups, -1, width) @ keys[:, :stop].transpose(0, 2, 1)  # [G, H / G, S]
+            if bias is not None:
+                scores += bias
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            hidden += layer.out((scores @ values[:, :stop]).reshape(-1))
+            x = self._norm(hidden, layer.before_mlp)
+            gate = layer.gate(x)
+            # gate * sigmoid(gate), by a tanh, which doesn't overflow
+            gate *= 0.5 * np.tanh(0.5 * gate) + 0.5
+            gate *= layer.up(x)
+            hidden += layer.down(gate)
+        cache.length = stop
+        x = self._norm(hidden, self.norm)
+        return self.embeddings @ x if self.head is None else self.head(x)
+
+    def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x * np.float32(1 / np.sqrt(x @ x / x.size + self.epsilon)) * weight
+
+
+def _linears(model: Any) -> List[nn.Layer]:
+    linears = [] if model.config.tie_word_embeddings else [model.lm_head]
+    for layer in model.llama.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return linears
+
+
+def _tensors(model: Any) -> List[paddle.Tensor]:
+    decoder = model.llama
+    norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    return [each.weight for each in (decoder.embed_tokens, decoder.norm, *norms, *_linears(model))]
+
+
+def _serves(model: Any) -> bool:
+    """Whether the decoder is nothing but its own layers, in float32: no adapters, no other kinds of products, no hooks."""
+    decoder = model.llama
+    layers = [each for part in (decoder.embed_tokens, decoder.norm, decoder.layers) for each in part.sublayers(True)]
+    return (
+        all(type(each) is nn.Linear and each.bias is None for each in _linears(model))
+        and not any(each._forward_pre_hooks or each._forward_post_hooks for each in layers)
+        and all(each.dtype == paddle.float32 and each.is_contiguous() for each in _tensors(model))
+    )
