@@ -16,6 +16,7 @@ NAMES = (
     "FLAGS_paddle_num_threads",
     "FLAGS_use_stride_kernel",
     "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
     "MKL_DEBUG_CPU_TYPE",
     "OMP_NUM_THREADS",
     "PADDLE_LOCAL_SIZE",
@@ -57,7 +58,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_threads_are_set(machine):
-    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8"]
+    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
     assert os.environ["FLAGS_paddle_num_threads"] == os.environ["MKL_NUM_THREADS"] == "8"
 
 
@@ -83,7 +84,7 @@ def test_what_the_user_has_set_stays(machine, monkeypatch):
     machine(vendor="AuthenticAMD")
     monkeypatch.setenv("FLAGS_paddle_num_threads", "3")
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
-    assert runtime.prepare_cpu() == ["MKL_NUM_THREADS=8"]
+    assert runtime.prepare_cpu() == ["MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
     assert (os.environ["FLAGS_paddle_num_threads"], os.environ["MKL_DEBUG_CPU_TYPE"]) == ("3", "4")
 
 
@@ -95,7 +96,7 @@ def test_omp_threads_of_the_user_rule(machine, monkeypatch):
 def test_ranks_of_one_machine_share_its_cores(machine, monkeypatch):
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the launcher has imported paddle, which wrote that
-    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=2", "MKL_NUM_THREADS=2"]
+    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=2", "MKL_NUM_THREADS=2", "OPENBLAS_NUM_THREADS=2"]
 
 
 @pytest.mark.parametrize(("limit", "threads"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1)])

@@ -12,13 +12,11 @@ been.
 
 import argparse
 import logging
-import math
-import os
 import random
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +24,7 @@ from PIL import Image
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa, object_box, object_labels, read_questions
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, SIZES, draw_scene, make_scene
+from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -125,8 +124,11 @@ def normalize(pictures: List[np.ndarray]) -> np.ndarray:
     return ((stacked - IMAGE_MEAN) / IMAGE_STD).transpose(0, 3, 1, 2)
 
 
-def collate(samples: List[Tuple[np.ndarray, List[Target]]]) -> Tuple[np.ndarray, Dict[str, np.ndarray]]:
-    each = [labels_of(objects) for _, objects in samples]
+def collate(
+    samples: List[Tuple[np.ndarray, List[Target]]], label: Callable[[List[Target]], Dict[str, np.ndarray]]
+) -> Tuple[np.ndarray, Dict[str, np.ndarray]]:
+    """pixel_values of the pictures, and the labels that ``label`` makes of their objects, stacked."""
+    each = [label(objects) for _, objects in samples]
     return normalize([picture for picture, _ in samples]), {k: np.stack([one[k] for one in each]) for k in each[0]}
 
 
@@ -136,7 +138,7 @@ def batch_of_step(step: int, size: int, easy: EasyVQAPictures, seed: int):
     from_easy = size // 4
     samples = [easy.take(rng) for _ in range(from_easy)]
     samples += [scene_picture(step * size + i) for i in range(size - from_easy)]
-    return collate(samples)
+    return collate(samples, labels_of)
 
 
 def grid_positions(width: int) -> np.ndarray:
@@ -268,13 +270,6 @@ def accuracy_of(outputs, labels) -> Dict[str, float]:
     return result
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    warmup = min(200, max(1, steps // 10))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def pretrain(output_dir: str, vision: Dict, **options) -> Dict[str, float]:
     """Trains, saves ``tower.safetensors`` in ``output_dir``, and returns the accuracy on drawn validation scenes.
 
@@ -306,31 +301,10 @@ def _pretrain(
     out.mkdir(parents=True, exist_ok=True)
     easy = EasyVQAPictures(find_easy_vqa(easy_vqa))
     paddle.seed(seed)
-    with (
-        paddle.utils.unique_name.guard()
-    ):  # the optimizer's state goes by names, which must not depend on earlier models
-        model = build(vision)
-    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: learning_rate_at(step, steps, learning_rate))
-    optimizer = paddle.optimizer.AdamW(
-        schedule,
-        beta2=0.98,
-        weight_decay=0.02,
-        parameters=model.parameters(),
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
-    )
-    checkpoint, start = out / "checkpoint.pdparams", 0
-    if checkpoint.is_file():
-        state = paddle.load(str(checkpoint))
-        model.set_state_dict(state["model"])
-        optimizer.set_state_dict(state["optimizer"])
-        start = int(state["step"])
-        logger.info("going on from step %d", start)
-
-    def save(step: int) -> None:
-        # written beside and renamed: a run killed here leaves the checkpoint before
-        scratch = out / "checkpoint.tmp"
-        paddle.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, str(scratch))
-        os.replace(scratch, checkpoint)
+    model = build(vision)
+    schedule, optimizer = make_optimizer(model.parameters(), steps, learning_rate)
+    checkpoint = Checkpoint(out / "checkpoint.pdparams", {"model": model, "optimizer": optimizer})
+    start = checkpoint.restore()
 
     began = saved = time.time()
     for step in range(start, steps):
@@ -346,9 +320,9 @@ def _pretrain(
             pace = (step + 1 - start) * batch_size / (time.time() - began)
             logger.info("step %d/%d loss %.3f %.0f pictures/s %s", step, steps, float(loss), pace, text)
         if time.time() - saved > 60 * save_minutes:
-            save(step + 1)
+            checkpoint.save(step + 1)
             saved = time.time()
-    save(steps)
+    checkpoint.save(steps)
     figures = validate(model)
     logger.info("validation %s", figures)
     tower = {TOWER_PREFIX + name: value.numpy() for name, value in model.tower.state_dict().items()}
@@ -359,7 +333,7 @@ def _pretrain(
 def validate(model) -> Dict[str, float]:
     import paddle
 
-    pixel_values, labels = collate([scene_picture(seed) for seed in VALIDATION_SEEDS])
+    pixel_values, labels = collate([scene_picture(seed) for seed in VALIDATION_SEEDS], labels_of)
     model.eval()
     with paddle.no_grad():
         parts = [model(paddle.to_tensor(pixel_values[i : i + 64])) for i in range(0, len(pixel_values), 64)]

@@ -14,7 +14,6 @@ for words and notes; the heads that are asked are thrown away.
 """
 
 import logging
-import os
 import random
 import time
 from pathlib import Path
@@ -33,13 +32,13 @@ from paddlemix.examples.llava.demo_recipe.pretrain_tower import (
     EasyVQAPictures,
     Target,
     cell_patches,
+    collate,
     digits,
     initialize_layers,
-    learning_rate_at,
-    normalize,
     scene_picture,
 )
 from paddlemix.examples.llava.demo_recipe.scenes import COLUMNS, MOST, ROWS, SHAPES, SIZES, ninth_of, part_name
+from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer
 
 __all__ = ["EMPTY", "NEXT", "NOTES", "POINT", "WORDS", "table_of", "write_table"]
 
@@ -92,14 +91,7 @@ def batch_of_step(step: int, size: int, easy: EasyVQAPictures, seed: int):
     samples = [easy.take(rng) for _ in range(from_easy)]
     # the seeds go on after those of the layers below
     samples += [scene_picture(200_000_000 + step * size + i, MOST) for i in range(size - from_easy)]
-    return collate(samples)
-
-
-def collate(samples):
-    tables = [table_of(objects) for _, objects in samples]
-    return normalize([picture for picture, _ in samples]), {
-        k: np.stack([each[k] for each in tables]) for k in tables[0]
-    }
+    return collate(samples, table_of)
 
 
 def write_table(output_dir: str, vision: Dict, tower: Path, **options) -> Dict[str, float]:
@@ -154,23 +146,10 @@ def _write_table(
     given = {name[len(TOWER_PREFIX) :]: value for name, value in load_file(str(tower)).items()}
     whole.set_state_dict({**whole.state_dict(), **given})
     trained = [*top.parameters(), *place_head.parameters(), *word_head.parameters()]
-    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: learning_rate_at(step, steps, learning_rate))
-    optimizer = paddle.optimizer.AdamW(
-        schedule, beta2=0.98, weight_decay=0.02, parameters=trained, grad_clip=nn.ClipGradByGlobalNorm(1.0)
-    )
+    schedule, optimizer = make_optimizer(trained, steps, learning_rate)
     held = {"top": top, "place_head": place_head, "word_head": word_head, "optimizer": optimizer}
-    checkpoint, start = out / "checkpoint.pdparams", 0
-    if checkpoint.is_file():
-        state = paddle.load(str(checkpoint))
-        for name, part in held.items():
-            part.set_state_dict(state[name])
-        start = int(state["step"])
-        logger.info("going on from step %d", start)
-
-    def save(step: int) -> None:
-        scratch = out / "checkpoint.tmp"
-        paddle.save({**{name: part.state_dict() for name, part in held.items()}, "step": step}, str(scratch))
-        os.replace(scratch, checkpoint)
+    checkpoint = Checkpoint(out / "checkpoint.pdparams", held)
+    start = checkpoint.restore()
 
     places_of_cells = paddle.to_tensor(cell_patches().reshape(-1) + 1)  # after the class token
 
@@ -211,11 +190,11 @@ def _write_table(
             pace = (step + 1 - start) * batch_size / (time.time() - began)
             logger.info("table step %d/%d loss %.3f %.0f pictures/s %s", step, steps, float(loss), pace, text)
         if time.time() - saved > 60 * save_minutes:
-            save(step + 1)
+            checkpoint.save(step + 1)
             saved = time.time()
-    save(steps)
+    checkpoint.save(steps)
     with paddle.no_grad():
-        pixel_values, labels = collate([scene_picture(seed, MOST) for seed in VALIDATION_SEEDS])
+        pixel_values, labels = collate([scene_picture(seed, MOST) for seed in VALIDATION_SEEDS], table_of)
         batches = [forward(pixel_values[i : i + 64]) for i in range(0, len(pixel_values), 64)]
     figures = _accuracy({name: paddle.concat([each[name] for each in batches]) for name in batches[0]}, labels)
     logger.info("validation %s", figures)
