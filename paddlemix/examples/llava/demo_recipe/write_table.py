@@ -9,8 +9,8 @@ the box as an answer gives it. Over some words stands a note, which the decoder 
 first three points the number of objects of that shape, of that colour, and of all; over the shape where along x and y the
 centre is. Patches that are left over are empty.
 
-The layers below are frozen. The first of the two layers is asked for each object's place in the reading order, the second
-for words and notes; the heads that are asked are thrown away.
+The first of the two layers is asked for each object's place in the reading order, the second for words and notes; the heads
+that are asked are thrown away. The layers below are frozen at first, which is quick, and then learn on with the two.
 """
 
 import logging
@@ -51,6 +51,7 @@ STEPS = 8  # of a centre's x and y
 NOTES = {"count": MOST, "x": STEPS, "y": STEPS}  # kinds, and how many values each has
 _WORD = {word: index for index, word in enumerate(WORDS)}
 FIELDS = 16  # of an object's row
+THAWED = 0.3  # the learning rate of the layers below, as a share of the others'
 _SHAPE_FIELD, _POINT_FIELDS = 3, (4, 7, 10, 13)
 
 
@@ -95,12 +96,13 @@ def batch_of_step(step: int, size: int, easy: EasyVQAPictures, seed: int):
 
 
 def write_table(output_dir: str, vision: Dict, tower: Path, **options) -> Dict[str, float]:
-    """Trains the last two layers on top of ``tower``, and saves all of them as ``tower.safetensors`` in ``output_dir``.
+    """Trains two layers on top of ``tower``, then all, and saves them as ``tower.safetensors`` in ``output_dir``.
 
     Args:
         vision: sizes of the whole tower.
         tower: safetensors of the layers below.
-        options: steps, batch_size, learning_rate, seed, easy_vqa (data folder) and save_minutes of :func:`_write_table`.
+        options: steps, thaw (from which step on all layers learn), batch_size, learning_rate, seed, easy_vqa (data folder)
+            and save_minutes of :func:`_write_table`.
 
     Returns:
         the share of right words on drawn validation scenes, by kind.
@@ -119,6 +121,7 @@ def _write_table(
     steps: int = 2600,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
+    thaw: int = 1025,
     seed: int = 1,
     easy_vqa: Optional[str] = None,
     save_minutes: float = 2.0,
@@ -145,18 +148,21 @@ def _write_table(
     word_head = nn.Linear(vision["hidden_size"], sum(parts.values()))
     given = {name[len(TOWER_PREFIX) :]: value for name, value in load_file(str(tower)).items()}
     whole.set_state_dict({**whole.state_dict(), **given})
-    trained = [*top.parameters(), *place_head.parameters(), *word_head.parameters()]
-    schedule, optimizer = make_optimizer(trained, steps, learning_rate)
-    held = {"top": top, "place_head": place_head, "word_head": word_head, "optimizer": optimizer}
+    new = [*top.parameters(), *place_head.parameters(), *word_head.parameters()]
+    known = {id(parameter) for parameter in top.parameters()}
+    old = [parameter for parameter in whole.parameters() if id(parameter) not in known]
+    groups = [{"params": new}, {"params": old, "learning_rate": THAWED}]
+    schedule, optimizer = make_optimizer(groups, steps, learning_rate)
+    held = {"tower": whole, "place_head": place_head, "word_head": word_head, "optimizer": optimizer}
     checkpoint = Checkpoint(out / "checkpoint.pdparams", held)
     start = checkpoint.restore()
 
     places_of_cells = paddle.to_tensor(cell_patches().reshape(-1) + 1)  # after the class token
 
-    def forward(pixel_values):
+    def forward(pixel_values, thawed):
         """Logits of each label: place [N, 4 C, 4], word [N, P, W], the kinds of notes [N, P, …]."""
         model = whole.vision_tower.vision_model
-        with paddle.no_grad():
+        with paddle.set_grad_enabled(thawed):
             hidden = model.embed(paddle.to_tensor(pixel_values))
             for layer in below:
                 hidden = layer(hidden)
@@ -174,7 +180,7 @@ def _write_table(
     began = saved = time.time()
     for step in range(start, steps):
         pixel_values, labels = batch_of_step(step, batch_size, easy, seed)
-        logits = forward(pixel_values)
+        logits = forward(pixel_values, thawed=step >= thaw)
         empty = labels["word"] == _WORD[EMPTY]
         loss = cross_entropy(logits["place"], np.tile(labels["place"], (1, 4)))
         loss = loss + 2 * cross_entropy(logits["word"], np.where(empty, UNKNOWN, labels["word"]))
@@ -195,7 +201,7 @@ def _write_table(
     checkpoint.save(steps)
     with paddle.no_grad():
         pixel_values, labels = collate([scene_picture(seed, MOST) for seed in VALIDATION_SEEDS], table_of)
-        batches = [forward(pixel_values[i : i + 64]) for i in range(0, len(pixel_values), 64)]
+        batches = [forward(pixel_values[i : i + 64], thawed=False) for i in range(0, len(pixel_values), 64)]
     figures = _accuracy({name: paddle.concat([each[name] for each in batches]) for name in batches[0]}, labels)
     logger.info("validation %s", figures)
     save_file(
