@@ -81,6 +81,19 @@ def test_a_change_of_the_weights_is_noticed():
     np.testing.assert_allclose(read(model, False), read(model, True), atol=1e-5)
 
 
+def test_generation_gives_the_same_tokens_with_and_without():
+    model = build()
+    prompt = paddle.to_tensor(IDS[None, :9])
+    ids, scores = model.generate(prompt, max_new_tokens=20)
+    read_by_paddle = []
+    hook = model.llama.register_forward_pre_hook(lambda layer, given: read_by_paddle.append(given[0].shape[1]))
+    expected_ids, expected_scores = model.generate(prompt, max_new_tokens=20)
+    hook.remove()
+    assert read_by_paddle == [9] + [1] * 19  # who watches the decoder sees every token
+    np.testing.assert_array_equal(ids.numpy(), expected_ids.numpy())
+    np.testing.assert_allclose(scores.numpy(), expected_scores.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["training", "hook", "bias"])
 def test_what_numpy_does_not_know_is_left_to_paddle(change):
     model = build()

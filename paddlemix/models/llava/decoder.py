@@ -163,9 +163,11 @@ class LlamaAttention(nn.Layer):
         self.v_proj = nn.Linear(width, self.groups * self.width, bias_attr=False)
         self.o_proj = nn.Linear(self.heads * self.width, width, bias_attr=False)
 
-    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0):
-        """hidden [B, T, D] -> [B, T, D]; with a cache the T tokens follow what it holds."""
+    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0, last=None):
+        """hidden [B, T, D] -> [B, T, D]; with a cache the T tokens follow what it holds. ``last``: see :meth:`_read_last`."""
         batch, tokens, _ = hidden.shape
+        if last is not None:
+            return self._read_last(hidden, rotation, last, cache, index)
         if cache is not None and tokens == 1:
             return self._read_one(hidden, rotation, mask, cache, index)
 
@@ -196,7 +198,7 @@ class LlamaAttention(nn.Layer):
         cache.write(index, both[:, heads:], value)
         return self._look_up(both[:, :heads], bias, cache, index)
 
-    def read_last(self, hidden, rotation, last, cache: KVCache, index: int):
+    def _read_last(self, hidden, rotation, last, cache, index):
         """hidden [B, T, D] -> [B, 1, D]: T tokens go into the cache, and only the last one looks at what it holds.
 
         last: tables of the last token's queries, and bias [B, G, H/G, C].
@@ -241,14 +243,10 @@ class LlamaDecoderLayer(nn.Layer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, flash, cache, index)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-    def read_last(self, hidden, rotation, last, cache: KVCache, index: int):
-        """What :meth:`forward` gives at the last token, [B, 1, D]: most of a layer is needed for that token only."""
-        context = self.self_attn.read_last(self.input_layernorm(hidden), rotation, last, cache, index)
-        hidden = hidden[:, -1:] + context
+    def forward(self, hidden, rotation, mask, flash, cache: Optional[KVCache] = None, index: int = 0, last=None):
+        """hidden [B, T, D] -> [B, T, D]; [B, 1, D], what is there for the last token, with ``last``."""
+        context = self.self_attn(self.input_layernorm(hidden), rotation, mask, flash, cache, index, last)
+        hidden = (hidden if last is None else hidden[:, -1:]) + context
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -302,17 +300,20 @@ class LlamaDecoder(nn.Layer):
             mask = AttentionMask(causal=True, bias=bias, segment_ids=segment_ids)
         flash = bool(self.config.use_flash_attention) and paddle.device.get_device().startswith("gpu") and tokens > 1
 
+        last = None
+        if last_only and cache is not None and tokens > 1:
+            tables = rotation.of_one_token(batch, self.config.num_attention_heads, 0)
+            last = (*tables, self._open_bias(cache))
         hidden = inputs_embeds
         for index, layer in enumerate(self.layers):
-            if last_only and cache is not None and tokens > 1 and index == len(self.layers) - 1:
-                tables = rotation.of_one_token(batch, self.config.num_attention_heads, 0)
-                hidden = layer.read_last(hidden, rotation, (*tables, self._open_bias(cache)), cache, index)
-            elif self.enable_recompute and self.training and not hidden.stop_gradient:
+            if self.enable_recompute and self.training and not hidden.stop_gradient:
                 from paddle.distributed.fleet.utils import recompute
 
                 hidden = recompute(layer, hidden, rotation, mask, flash)
             else:
-                hidden = layer(hidden, rotation, mask, flash, cache, index)
+                # of the last layer, most is needed for the last token only
+                only = last if index == len(self.layers) - 1 else None
+                hidden = layer(hidden, rotation, mask, flash, cache, index, only)
         if cache is not None:
             cache.length = past + tokens
         return self.norm(hidden)

@@ -74,6 +74,7 @@ class HostSteps:
         decoder, config = model.llama, model.config
         self._tensors = _tensors(model)  # holds what the views look at
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._sublayers = _sublayers(model)  # not the model itself, which must be able to go
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
         self.head = None if config.tie_word_embeddings else _Product(model.lm_head.weight)
@@ -84,17 +85,17 @@ class HostSteps:
     def of(cls, model: Any, cache: KVCache) -> Optional["HostSteps"]:
         """The model's, for the next step on ``cache``; None where Paddle has to take it.
 
-        Copies of weights are compared with the weights once for each cache.
+        Whether NumPy can serve, and whether copies of weights are still like the weights, is found out once for each cache.
         """
         if cache.batch_size != 1 or model.training or not on_cpu():
             return None
-        steps = getattr(cache, "host_steps", None)
+        steps = cache.host_steps
         if steps is not None and steps._holds(model):
-            return steps
+            return None if _hooked([model, model.llama, *steps._sublayers]) else steps
+        if not _serves(model):
+            return None
         steps = _kept.get(model)
         if steps is None or not steps._holds(model) or steps._stale():
-            if not _serves(model):
-                return None
             steps = _kept[model] = cls(model)
         cache.host_steps = steps
         return steps
@@ -167,10 +168,19 @@ def _tensors(model: Any) -> List[paddle.Tensor]:
 
 def _serves(model: Any) -> bool:
     """Whether the decoder is nothing but its own layers, in float32: no adapters, no other kinds of products, no hooks."""
-    decoder = model.llama
-    layers = [each for part in (decoder.embed_tokens, decoder.norm, decoder.layers) for each in part.sublayers(True)]
     return (
         all(type(each) is nn.Linear and each.bias is None for each in _linears(model))
-        and not any(each._forward_pre_hooks or each._forward_post_hooks for each in layers)
+        and not _hooked([model, model.llama, *_sublayers(model)])
         and all(each.dtype == paddle.float32 and each.is_contiguous() for each in _tensors(model))
     )
+
+
+def _sublayers(model: Any) -> List[nn.Layer]:
+    """All that a step goes through inside the decoder."""
+    decoder = model.llama
+    parts = decoder.embed_tokens, decoder.norm, decoder.layers
+    return [each for part in parts for each in part.sublayers(include_self=True)]
+
+
+def _hooked(layers: List[nn.Layer]) -> bool:
+    return any(each._forward_pre_hooks or each._forward_post_hooks for each in layers)
