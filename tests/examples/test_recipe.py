@@ -256,6 +256,7 @@ def test_the_table_says_what_the_scene_does():
                 len(objects),
             ]
             assert [note + 1 for note in notes["count"] if note >= 0] == counts
+            assert [table[name][cells[row]] + 1 for name in ("of_shape", "of_color", "of_all")] == counts
             steps = [notes[kind][3] for kind in ("x", "y")]
             np.testing.assert_allclose([(step + 0.5) / 8 for step in steps], obj.center, atol=1 / 16)
         assert set(said[16 * len(objects) :]) <= {write_table.EMPTY}

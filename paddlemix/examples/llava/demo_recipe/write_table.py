@@ -9,8 +9,8 @@ the box as an answer gives it. Over some words stands a note, which the decoder 
 first three points the number of objects of that shape, of that colour, and of all; over the shape where along x and y the
 centre is. Patches that are left over are empty.
 
-The first of the two layers is asked for each object's place in the reading order, the second for words and notes; the heads
-that are asked are thrown away. The layers below are frozen at first, which is quick, and then learn on with the two.
+The first of the two layers is asked for each object's place in the reading order and how many are like it, the second for
+words and notes; the heads that are asked are thrown away. The layers below are frozen at first, which is quick, and then learn on with the two.
 """
 
 import logging
@@ -49,6 +49,8 @@ PARTS = tuple(part_name(row, column) for row in ROWS for column in COLUMNS)
 WORDS = (*PARTS, *SIZES, *COLOR_NAMES, *SHAPES, *(str(digit) for digit in range(10)), POINT, NEXT, EMPTY)
 STEPS = 8  # of a centre's x and y
 NOTES = {"count": MOST, "x": STEPS, "y": STEPS}  # kinds, and how many values each has
+# What the first layer is asked where an object is: its place in the reading order, and how many are like it.
+COUNTED = {"place": MOST, "of_shape": MOST, "of_color": MOST, "of_all": MOST}
 _WORD = {word: index for index, word in enumerate(WORDS)}
 FIELDS = 16  # of an object's row
 THAWED = 0.3  # the learning rate of the layers below, as a share of the others'
@@ -56,14 +58,14 @@ _SHAPE_FIELD, _POINT_FIELDS = 3, (4, 7, 10, 13)
 
 
 def table_of(objects: List[Target]) -> Dict[str, np.ndarray]:
-    """Labels of one picture: ``word`` and the value of each kind of note, of each patch [P], and ``place`` in the reading
-    order, of each cell [C].
+    """Labels of one picture: ``word`` and the value of each kind of note, of each patch [P], and what is ``COUNTED``, of each
+    cell [C].
 
     ``UNKNOWN`` stands where a word isn't known, where there is no note, and where a cell is empty.
     """
     labels = {kind: np.full(GRID * GRID, UNKNOWN) for kind in NOTES}
     labels["word"] = np.full(GRID * GRID, _WORD[EMPTY])
-    labels["place"] = np.full(CELLS * CELLS, UNKNOWN)
+    labels.update({name: np.full(CELLS * CELLS, UNKNOWN) for name in COUNTED})
     cells = []
     for *_, (left, top, right, bottom) in objects:
         row, column = (min(CELLS - 1, int(middle * CELLS)) for middle in ((top + bottom) / 2, (left + right) / 2))
@@ -80,8 +82,9 @@ def table_of(objects: List[Target]) -> Dict[str, np.ndarray]:
         labels["x"][first + _SHAPE_FIELD] = int(x * STEPS)
         labels["y"][first + _SHAPE_FIELD] = int(y * STEPS)
         of_shape, of_color = (sum(other[at] == objects[number][at] for other in objects) for at in (2, 1))
-        for field, count in zip(_POINT_FIELDS, (of_shape, of_color, len(objects))):
-            labels["count"][first + field] = count - 1
+        counts = {"of_shape": of_shape, "of_color": of_color, "of_all": len(objects)}
+        for field, (name, count) in zip(_POINT_FIELDS, counts.items()):
+            labels["count"][first + field] = labels[name][cells[number]] = count - 1
     return labels
 
 
@@ -143,33 +146,33 @@ def _write_table(
     below, counting, writing = layers[:-2], layers[-2], layers[-1]
     top = nn.LayerList([counting, writing])
     initialize_layers(top, vision)
-    place_head = nn.Linear(vision["hidden_size"], MOST)
+    cell_head = nn.Linear(vision["hidden_size"], sum(COUNTED.values()))
     parts = {"word": len(WORDS), **NOTES}
     word_head = nn.Linear(vision["hidden_size"], sum(parts.values()))
     given = {name[len(TOWER_PREFIX) :]: value for name, value in load_file(str(tower)).items()}
     whole.set_state_dict({**whole.state_dict(), **given})
-    new = [*top.parameters(), *place_head.parameters(), *word_head.parameters()]
+    new = [*top.parameters(), *cell_head.parameters(), *word_head.parameters()]
     known = {id(parameter) for parameter in top.parameters()}
     old = [parameter for parameter in whole.parameters() if id(parameter) not in known]
     groups = [{"params": new}, {"params": old, "learning_rate": THAWED}]
     schedule, optimizer = make_optimizer(groups, steps, learning_rate)
-    held = {"tower": whole, "place_head": place_head, "word_head": word_head, "optimizer": optimizer}
+    held = {"tower": whole, "cell_head": cell_head, "word_head": word_head, "optimizer": optimizer}
     checkpoint = Checkpoint(out / "checkpoint.pdparams", held)
     start = checkpoint.restore()
 
     places_of_cells = paddle.to_tensor(cell_patches().reshape(-1) + 1)  # after the class token
 
     def forward(pixel_values, thawed):
-        """Logits of each label: place [N, 4 C, 4], word [N, P, W], the kinds of notes [N, P, …]."""
+        """Logits of each label: what is counted [N, 4 C, …], word [N, P, W], the kinds of notes [N, P, …]."""
         model = whole.vision_tower.vision_model
         with paddle.set_grad_enabled(thawed):
             hidden = model.embed(paddle.to_tensor(pixel_values))
             for layer in below:
                 hidden = layer(hidden)
         hidden = counting(hidden)
-        at_cells = place_head(hidden.index_select(places_of_cells, axis=1))
+        at_cells = cell_head(hidden.index_select(places_of_cells, axis=1)).split(list(COUNTED.values()), axis=-1)
         written = word_head(writing(hidden)[:, 1:]).split(list(parts.values()), axis=-1)
-        return {"place": at_cells, **dict(zip(parts, written))}
+        return {**dict(zip(COUNTED, at_cells)), **dict(zip(parts, written))}
 
     def cross_entropy(logits, labels):
         labels = paddle.to_tensor(labels).astype("int64").flatten()
@@ -182,7 +185,8 @@ def _write_table(
         pixel_values, labels = batch_of_step(step, batch_size, easy, seed)
         logits = forward(pixel_values, thawed=step >= thaw)
         empty = labels["word"] == _WORD[EMPTY]
-        loss = cross_entropy(logits["place"], np.tile(labels["place"], (1, 4)))
+        # all four patches of a cell are asked
+        loss = sum(cross_entropy(logits[name], np.tile(labels[name], (1, 4))) for name in COUNTED)
         loss = loss + 2 * cross_entropy(logits["word"], np.where(empty, UNKNOWN, labels["word"]))
         loss = loss + 0.3 * cross_entropy(logits["word"], np.where(empty, labels["word"], UNKNOWN))
         loss = loss + sum(cross_entropy(logits[kind], labels[kind]) for kind in NOTES) / len(NOTES)
@@ -213,7 +217,7 @@ def _write_table(
 
 def _accuracy(logits, labels) -> Dict[str, float]:
     """Share of right answers: places, words of each field of objects' rows and of empty ones, notes by kind."""
-    labels = {**labels, "place": np.tile(labels["place"], (1, 4))}
+    labels = {name: np.tile(label, (1, 4)) if name in COUNTED else label for name, label in labels.items()}
     right = {name: logits[name].numpy().argmax(-1) == value for name, value in labels.items()}
     empty = labels["word"] == _WORD[EMPTY]
     field = np.arange(GRID * GRID) % FIELDS
