@@ -118,7 +118,9 @@ class Recipe:
             parts.append(self.out / f"base_{name}.safetensors")
             save_file(tensors, str(parts[-1]))
         build(scratch, find_smollm2(), parts)
-        write_rows(self.out / "data" / "text.json", text_rows(model, processor))
+        text = self.out / "data" / "text.json"
+        if not text.is_file():  # the decoder's own answers don't depend on the tower
+            write_rows(text, text_rows(model, processor))
         scratch.rename(folder)
         return {"nearest": nearest}
 
