@@ -6,10 +6,9 @@ The patches, in raster order, become rows of sixteen words, one row for each obj
 
 The first word is the part of the picture (one patch, also for a part of two words), then come size, colour and shape, then
 the box as an answer gives it. Over some words stands a note, which the decoder would have to work out otherwise: over the
-first three points the number of objects of that shape, of that colour, and of all; over the shape where along x and y the
-centre is. Patches that are left over are empty.
+third point the number of objects, over the shape where along x and y the centre is. Patches that are left over are empty.
 
-The first of the two layers is asked for each object's place in the reading order and how many are like it, the second for
+The first of the two layers is asked for each object's place in the reading order and how many there are, the second for
 words and notes; the heads that are asked are thrown away. The layers below are frozen at first, which is quick, and then learn on with the two.
 """
 
@@ -49,12 +48,12 @@ PARTS = tuple(part_name(row, column) for row in ROWS for column in COLUMNS)
 WORDS = (*PARTS, *SIZES, *COLOR_NAMES, *SHAPES, *(str(digit) for digit in range(10)), POINT, NEXT, EMPTY)
 STEPS = 8  # of a centre's x and y
 NOTES = {"count": MOST, "x": STEPS, "y": STEPS}  # kinds, and how many values each has
-# What the first layer is asked where an object is: its place in the reading order, and how many are like it.
-COUNTED = {"place": MOST, "of_shape": MOST, "of_color": MOST, "of_all": MOST}
+# What the first layer is asked where an object is: its place in the reading order, and how many there are.
+COUNTED = {"place": MOST, "objects": MOST}
 _WORD = {word: index for index, word in enumerate(WORDS)}
 FIELDS = 16  # of an object's row
 THAWED = 0.3  # the learning rate of the layers below, as a share of the others'
-_SHAPE_FIELD, _POINT_FIELDS = 3, (4, 7, 10, 13)
+_SHAPE_FIELD, _COUNT_FIELD = 3, 10
 
 
 def table_of(objects: List[Target]) -> Dict[str, np.ndarray]:
@@ -81,10 +80,7 @@ def table_of(objects: List[Target]) -> Dict[str, np.ndarray]:
         labels["word"][first : first + FIELDS] = [UNKNOWN if word is None else _WORD[word] for word in words]
         labels["x"][first + _SHAPE_FIELD] = int(x * STEPS)
         labels["y"][first + _SHAPE_FIELD] = int(y * STEPS)
-        of_shape, of_color = (sum(other[at] == objects[number][at] for other in objects) for at in (2, 1))
-        counts = {"of_shape": of_shape, "of_color": of_color, "of_all": len(objects)}
-        for field, (name, count) in zip(_POINT_FIELDS, counts.items()):
-            labels["count"][first + field] = labels[name][cells[number]] = count - 1
+        labels["count"][first + _COUNT_FIELD] = labels["objects"][cells[number]] = len(objects) - 1
     return labels
 
 
