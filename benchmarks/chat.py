@@ -2,8 +2,8 @@
 
     python benchmarks/chat.py --peer-python PEER/bin/python [--shapes smollm2 tinyllama multihead] [--repeats 5]
 
-The peer's environment holds ``torch==2.13.0 "transformers<5"``, llama.cpp's ``llama-cpp-python gguf safetensors``. Both sides use two threads and float32. Prints
-a Markdown table per shape, and writes all figures to ``--output`` (JSON).
+The peer's environment holds ``torch==2.13.0 "transformers<5"``, llama.cpp's ``llama-cpp-python gguf safetensors``. All sides
+use two threads and float32. Prints a Markdown table per shape, and writes all figures to ``--output`` (JSON).
 """
 
 import argparse
@@ -181,7 +181,7 @@ def main():
     parser.add_argument(
         "--llama-python", help="python of the environment with llama-cpp-python; leaves it out if not given"
     )
-    parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead")
+    parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead, default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load-repeats", type=int, default=3)
     parser.add_argument("--stock-repeats", type=int, default=2, help="chats of transformers without a kept cache")

@@ -41,6 +41,19 @@ SHAPES = {
 }
 # the same width without grouped queries, eight layers
 SHAPES["multihead"] = dict(SHAPES["tinyllama"], num_key_value_heads=32, num_hidden_layers=8)
+# the built-in default model: the same decoder behind a tower of its own
+SHAPES["default"] = SHAPES["smollm2"]
+VISIONS = {
+    "default": dict(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=7,
+        num_attention_heads=3,
+        image_size=64,
+        patch_size=8,
+        projection_dim=64,
+    )
+}
 
 
 def tensors(text: Dict, vision: Dict) -> Iterator[Tuple[str, Tuple[int, ...]]]:
@@ -100,23 +113,23 @@ def make_folder(shape: str, root: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    text = SHAPES[shape]
+    text, vision = SHAPES[shape], VISIONS.get(shape, VIT_L_336)
     random = np.random.default_rng(0)
     weights = {}
-    for name, size in tensors(text, VIT_L_336):
+    for name, size in tensors(text, vision):
         values = random.standard_normal(size, dtype=np.float32) * 0.02
         weights[name] = values + np.float32(1) if "norm" in name and name.endswith("weight") else values
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": text["vocab_size"] - 1,
-        "vision_feature_layer": -2,
+        "vision_feature_layer": -2 if vision is VIT_L_336 else -1,
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": text["tie_word_embeddings"],
         "torch_dtype": "float32",
         "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **text},
-        "vision_config": {"model_type": "clip_vision_model", **VIT_L_336},
+        "vision_config": {"model_type": "clip_vision_model", **vision},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
