@@ -37,7 +37,8 @@ class KVCache:
         self.values = [None] * config.num_hidden_layers
         self._allocated = 0
         self.bias = None  # [B, allocated] 0 where a key counts, masked_score at padding and past the length
-        self.host_steps = None  # what takes single tokens on a CPU, once it has been checked against the weights
+        # what takes single tokens on a CPU, once it has been checked against the weights, and how it sees keys and values
+        self.host_steps, self.host_views = None, ((), [])
         self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
 
     def reserve(self, tokens: int) -> None:

@@ -6,7 +6,7 @@ each with its own overhead, and products of one row by MKL, which reads at half 
 """
 
 import ctypes
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,37 +31,50 @@ def _view(tensor: paddle.Tensor) -> np.ndarray:
     return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
 
 
-class _Product:
-    """``x @ weight`` for a vector."""
+class _Products:
+    """``x @ weight`` for a vector and several weights, of which the narrow ones go together."""
 
-    def __init__(self, weight: paddle.Tensor):
-        self.weight = _view(weight)
-        self.turned = np.ascontiguousarray(self.weight.T) if self.weight.shape[1] < NARROW else None
-        self.probe = None
+    def __init__(self, *layers: nn.Layer):
+        weights = [_view(layer.weight) for layer in layers]
+        self.wide = [(place, weight) for place, weight in enumerate(weights) if weight.shape[1] >= NARROW]
+        self.narrow = [(place, weight) for place, weight in enumerate(weights) if weight.shape[1] < NARROW]
+        self.turned, self.parts = None, []
+        if self.narrow:
+            self.turned = np.concatenate([weight.T for _, weight in self.narrow])
+            stops = np.cumsum([weight.shape[1] for _, weight in self.narrow]).tolist()
+            self.parts = [(place, slice(*each)) for (place, _), each in zip(self.narrow, zip([0, *stops], stops))]
+            self.probe = np.random.default_rng(0).standard_normal(self.turned.shape[1], np.float32)
+            self.probed = self._probed()
+
+    def __call__(self, x: np.ndarray) -> List[np.ndarray]:
+        results = [None] * (len(self.wide) + len(self.narrow))
+        for place, weight in self.wide:
+            results[place] = x @ weight
         if self.turned is not None:
-            self.probe = np.random.default_rng(0).standard_normal(self.weight.shape[0], np.float32)
-            self.probed = self.probe @ self.weight
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return x @ self.weight if self.turned is None else self.turned @ x
+            together = self.turned @ x
+            for place, part in self.parts:
+                results[place] = together[part]
+        return results
 
     def stale(self) -> bool:
-        """Whether the weight has changed since it was copied: a product with fixed numbers comes out differently."""
-        return self.turned is not None and not np.array_equal(self.probe @ self.weight, self.probed)
+        """Whether a weight has changed since it was copied: a product with fixed numbers comes out differently."""
+        return self.turned is not None and not np.array_equal(self._probed(), self.probed)
+
+    def _probed(self) -> np.ndarray:
+        return np.concatenate([self.probe @ weight for _, weight in self.narrow])
 
 
 class _Layer:
     def __init__(self, layer: nn.Layer):
         attention, mlp = layer.self_attn, layer.mlp
-        self.query, self.key, self.value, self.out = (
-            _Product(each.weight) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-        self.gate, self.up, self.down = (_Product(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.read = _Products(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out, self.down = _Products(attention.o_proj), _Products(mlp.down_proj)
+        self.gate_and_up = _Products(mlp.gate_proj, mlp.up_proj)
         self.before_attention = _view(layer.input_layernorm.weight)
         self.before_mlp = _view(layer.post_attention_layernorm.weight)
 
-    def products(self) -> List[_Product]:
-        return [self.query, self.key, self.value, self.out, self.gate, self.up, self.down]
+    def stale(self) -> bool:
+        return any(each.stale() for each in (self.read, self.out, self.gate_and_up, self.down))
 
 
 class HostSteps:
@@ -74,10 +87,11 @@ class HostSteps:
         decoder, config = model.llama, model.config
         self._tensors = _tensors(model)  # holds what the views look at
         self._places = [tensor.data_ptr() for tensor in self._tensors]
-        self._sublayers = _sublayers(model)  # not the model itself, which must be able to go
+        # the registers themselves and not the model, which must be able to go
+        self._hooks = _hooks(model)
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
-        self.head = None if config.tie_word_embeddings else _Product(model.lm_head.weight)
+        self.head = None if config.tie_word_embeddings else _Products(model.lm_head)
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.epsilon = config.rms_norm_eps
 
@@ -90,8 +104,8 @@ class HostSteps:
         if cache.batch_size != 1 or model.training or not on_cpu():
             return None
         steps = cache.host_steps
-        if steps is not None and steps._holds(model):
-            return None if _hooked([model, model.llama, *steps._sublayers]) else steps
+        if steps is not None and steps._in_place():
+            return None if any(steps._hooks) else steps
         if not _serves(model):
             return None
         steps = _kept.get(model)
@@ -100,13 +114,16 @@ class HostSteps:
         cache.host_steps = steps
         return steps
 
+    def _in_place(self) -> bool:
+        """Whether the tensors are where they were."""
+        return [tensor.data_ptr() for tensor in self._tensors] == self._places
+
     def _holds(self, model: Any) -> bool:
-        """Whether the model's tensors are where they were."""
-        return [tensor.data_ptr() for tensor in _tensors(model)] == self._places
+        """Whether they are still the model's."""
+        return self._in_place() and all(ours is its for ours, its in zip(self._tensors, _tensors(model)))
 
     def _stale(self) -> bool:
-        products = [product for layer in self.layers for product in layer.products()]
-        return any(product.stale() for product in products + ([self.head] if self.head else []))
+        return any(layer.stale() for layer in self.layers) or (self.head is not None and self.head.stale())
 
     def __call__(self, model: Any, token: int, cache: KVCache) -> np.ndarray:
         """Reads a token into the cache; logits [V] after it."""
@@ -123,32 +140,42 @@ class HostSteps:
         def turn(x):
             return x * cos + np.concatenate([x[:, half:], x[:, :half]], axis=1) * sin
 
+        scale = np.float32(width**-0.5)
         hidden = self.embeddings[token].copy()
-        for index, layer in enumerate(self.layers):
-            x = self._norm(hidden, layer.before_attention)
-            keys, values = (_view(each[index])[0] for each in (cache.keys, cache.values))  # [G, C, K]
-            keys[:, cache.length] = turn(layer.key(x).reshape(groups, width))
-            values[:, cache.length] = layer.value(x).reshape(groups, width)
-            query = turn(layer.query(x).reshape(heads, width)) * np.float32(width**-0.5)
+        for layer, (keys, values) in zip(self.layers, _views(cache)):
+            query, key, value = layer.read(self._norm(hidden, layer.before_attention))
+            keys[:, cache.length] = turn(key.reshape(groups, width))
+            values[:, cache.length] = value.reshape(groups, width)
+            query = turn(query.reshape(heads, width)) * scale
             scores = query.reshape(groups, -1, width) @ keys[:, :stop].transpose(0, 2, 1)  # [G, H / G, S]
             if bias is not None:
                 scores += bias
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
-            hidden += layer.out((scores @ values[:, :stop]).reshape(-1))
-            x = self._norm(hidden, layer.before_mlp)
-            gate = layer.gate(x)
+            hidden += layer.out((scores @ values[:, :stop]).reshape(-1))[0]
+            gate, up = layer.gate_and_up(self._norm(hidden, layer.before_mlp))
             # gate * sigmoid(gate), by a tanh, which doesn't overflow
             gate *= 0.5 * np.tanh(0.5 * gate) + 0.5
-            gate *= layer.up(x)
-            hidden += layer.down(gate)
+            gate *= up
+            hidden += layer.down(gate)[0]
         cache.length = stop
         x = self._norm(hidden, self.norm)
-        return self.embeddings @ x if self.head is None else self.head(x)
+        return self.embeddings @ x if self.head is None else self.head(x)[0]
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return x * np.float32(1 / np.sqrt(x @ x / x.size + self.epsilon)) * weight
+
+
+def _views(cache: KVCache) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """Keys and values [G, C, K] of each layer, for the one row; made anew when the cache has moved."""
+    tensors = [*cache.keys, *cache.values]
+    held, views = cache.host_views
+    if len(held) != len(tensors) or any(one is not other for one, other in zip(held, tensors)):
+        arrays = [_view(tensor)[0] for tensor in tensors]
+        views = list(zip(arrays[: len(cache.keys)], arrays[len(cache.keys) :]))
+        cache.host_views = tensors, views
+    return views
 
 
 def _linears(model: Any) -> List[nn.Layer]:
@@ -170,17 +197,14 @@ def _serves(model: Any) -> bool:
     """Whether the decoder is nothing but its own layers, in float32: no adapters, no other kinds of products, no hooks."""
     return (
         all(type(each) is nn.Linear and each.bias is None for each in _linears(model))
-        and not _hooked([model, model.llama, *_sublayers(model)])
+        and not any(_hooks(model))
         and all(each.dtype == paddle.float32 and each.is_contiguous() for each in _tensors(model))
     )
 
 
-def _sublayers(model: Any) -> List[nn.Layer]:
-    """All that a step goes through inside the decoder."""
+def _hooks(model: Any) -> List[Dict]:
+    """Where the hooks of all layers that a step goes through are registered."""
     decoder = model.llama
     parts = decoder.embed_tokens, decoder.norm, decoder.layers
-    return [each for part in parts for each in part.sublayers(include_self=True)]
-
-
-def _hooked(layers: List[nn.Layer]) -> bool:
-    return any(each._forward_pre_hooks or each._forward_post_hooks for each in layers)
+    layers = [model, decoder, *(each for part in parts for each in part.sublayers(include_self=True))]
+    return [register for each in layers for register in (each._forward_pre_hooks, each._forward_post_hooks)]
