@@ -26,7 +26,8 @@ def prepare_cpu() -> List[str]:
     """Sets the environment variables that make Paddle's CPU kernels fast; what the user has set stays.
 
     - ``FLAGS_paddle_num_threads`` and ``MKL_NUM_THREADS``: the cores that this process may use. Without them Paddle
-      computes with one thread. ``OPENBLAS_NUM_THREADS``, for the steps that NumPy takes, says the same.
+      computes with one thread. ``OPENBLAS_NUM_THREADS`` says the same for the steps that NumPy takes; it counts
+      if NumPy isn't imported yet.
     - ``MKL_DEBUG_CPU_TYPE=5``, on AMD processors only: the MKL in Paddle's wheel otherwise takes a path of SSE
       instructions there.
     - ``FLAGS_use_stride_kernel=0``, where there is no NVIDIA device: with views of any stride, which Paddle makes by
@@ -42,7 +43,9 @@ def prepare_cpu() -> List[str]:
         logger.warning("prepare_cpu() changes nothing, since paddle is already imported; call it before.")
         return []
     threads = str(_threads())
-    wanted = {name: threads for name in ("FLAGS_paddle_num_threads", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    wanted = {"FLAGS_paddle_num_threads": threads, "MKL_NUM_THREADS": threads}
+    if "numpy" not in sys.modules:  # whose BLAS has read it by then
+        wanted["OPENBLAS_NUM_THREADS"] = threads
     if _user_chose_threads():
         wanted = {}
     if _cpu_vendor() == "AuthenticAMD":

@@ -34,7 +34,8 @@ def run(code, **environment):
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """Before Paddle's import, on a machine of eight cores; returns a function that describes it further."""
-    monkeypatch.delitem(sys.modules, "paddle", raising=False)
+    for name in ("paddle", "numpy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     # takes note of each name, so that what prepare_cpu() sets is undone
     for name in (*NAMES, *ALLOCATOR[:2]):
         monkeypatch.setenv(name, "")
@@ -60,6 +61,11 @@ def machine(monkeypatch, tmp_path):
 def test_threads_are_set(machine):
     assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
     assert os.environ["FLAGS_paddle_num_threads"] == os.environ["MKL_NUM_THREADS"] == "8"
+
+
+def test_numpys_threads_count_only_before_its_import(machine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy", object())
+    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8"]
 
 
 def test_the_allocator_keeps_what_is_freed():

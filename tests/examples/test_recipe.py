@@ -269,7 +269,7 @@ def test_two_more_layers_go_on_where_they_were_stopped(tmp_path, monkeypatch, sm
     below, whole = tmp_path / "below" / "tower.safetensors", {**VISION, "num_hidden_layers": 3}
     options = dict(steps=4, thaw=3, batch_size=4, save_minutes=0, easy_vqa=easy)
     figures = write_table.write_table(str(tmp_path / "whole"), whole, below, **options)
-    assert set(figures) == set("part size color shape first second empty place count x y".split())
+    assert set(figures) == set("part size color shape first second empty place objects count x y".split())
 
     original = write_table.batch_of_step
 
@@ -290,8 +290,7 @@ def test_two_more_layers_go_on_where_they_were_stopped(tmp_path, monkeypatch, sm
     frozen = load_file(str(tmp_path / "frozen" / "tower.safetensors"))
     for name, value in load_file(str(below)).items():
         np.testing.assert_array_equal(value, frozen[name], err_msg=name)
-        if "post_layernorm" not in name:  # which the table doesn't go through
-            assert (value != first[name]).any(), name
+        assert (value != first[name]).any(), name
 
 
 def test_the_projector_learns_to_write_words(small_easy_vqa):
@@ -319,8 +318,8 @@ def test_the_projector_learns_to_write_words(small_easy_vqa):
     projector = paddle.nn.Sequential(paddle.nn.Linear(32, 48), paddle.nn.GELU(), paddle.nn.Linear(48, 48))
     before = [p.numpy().copy() for p in model.tower.parameters()]
     nearest = fit_projector.fit_projector(model.tower, projector, words, notes, easy, steps=60, batch_size=4)
-    # a tower that has learnt nothing still tells the patches' places apart, and so the digits from the ends
-    assert nearest > 3 / len(write_table.WORDS)
+    # a tower that has learnt nothing still tells the patches' places apart, and so the points from the digits
+    assert nearest > 0.6
     assert all((b == p.numpy()).all() for b, p in zip(before, model.tower.parameters()))
 
 

@@ -1,11 +1,15 @@
 """Single tokens on a CPU: by NumPy they come out as by Paddle, and a change of the model is noticed."""
 
+import copy
+import gc
+import weakref
+
 import numpy as np
 import paddle
 import pytest
 
-from paddlemix.models.llava import host_steps
 from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.decoder import KVCache
 from paddlemix.models.llava.host_steps import HostSteps
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 
@@ -94,20 +98,79 @@ def test_generation_gives_the_same_tokens_with_and_without():
     np.testing.assert_allclose(scores.numpy(), expected_scores.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["training", "hook", "bias"])
+@pytest.mark.parametrize("change", ["training", "hook", "hook of a product", "hook of the head", "bias"])
 def test_what_numpy_does_not_know_is_left_to_paddle(change):
     model = build()
+    plain = read(model, by_paddle=False)
+    mlp = model.llama.layers[2].mlp
     if change == "training":
         model.train()
-    elif change == "hook":
-        model.llama.layers[2].mlp.register_forward_post_hook(lambda layer, given, result: result * 2)
+    elif change == "bias":
+        biased = paddle.nn.Linear(64, 160, bias_attr=paddle.nn.initializer.Constant(1.0))
+        biased.weight.set_value(mlp.gate_proj.weight)
+        biased.eval()
+        mlp.gate_proj = biased
     else:
-        model.llama.layers[0].mlp.gate_proj = paddle.nn.Linear(64, 160)
+        watched = {"hook": mlp, "hook of a product": mlp.up_proj, "hook of the head": model.lm_head}[change]
+        watched.register_forward_post_hook(lambda layer, given, result: result * 2)
     cache = model.new_cache(1, TOKENS)
     model.prefill(model.embed(paddle.to_tensor(IDS[None, :9])), cache)
-    logits = model.step(paddle.to_tensor([[5]]), cache)
+    logits = model.step(paddle.to_tensor([[int(IDS[9])]]), cache)
     assert HostSteps.of(model, cache) is None
-    whole = model(paddle.to_tensor(np.append(IDS[:9], 5)[None])).logits[:, -1]
+    whole = model(paddle.to_tensor(IDS[None, :10])).logits[:, -1]
+    np.testing.assert_allclose(logits.numpy(), whole.numpy(), atol=1e-5)
+    assert change == "training" or np.abs(logits.numpy() - plain[1]).max() > 1e-3
+
+
+def test_copies_lie_in_memory_by_their_rows():
+    model = build()
+    read(model, by_paddle=False)
+    for layer in model._host_steps.layers:
+        for products in (layer.read, layer.out, layer.gate_and_up, layer.down):
+            assert products.turned.flags.c_contiguous and not products.wide
+
+
+def test_a_cache_that_grows_shrinks_and_is_read_by_both(monkeypatch):
+    """Passes of several tokens are Paddle's, single ones NumPy's, on buffers that move meanwhile."""
+    monkeypatch.setattr(KVCache, "BLOCK", 8)
+    model = build()
+    cache = model.new_cache(1, TOKENS)
+
+    def both(start, stop):
+        if stop - start == 1:
+            return model.step(paddle.to_tensor([[int(IDS[start])]]), cache)
+        return model.prefill(model.embed(paddle.to_tensor(IDS[None, start:stop])), cache)
+
+    whole = model(paddle.to_tensor(IDS[None])).logits[0].numpy()
+    single = [(n, n + 1) for n in range(TOKENS)]
+    for start, stop in [(0, 6), *single[6:11], (11, 19), *single[19:26], (26, TOKENS)]:
+        np.testing.assert_allclose(both(start, stop)[0].numpy(), whole[stop - 1], atol=1e-5)
+    cache.truncate(13)
+    for start, stop in [*single[13:17], (17, 20), *single[20:22]]:
+        np.testing.assert_allclose(both(start, stop)[0].numpy(), whole[stop - 1], atol=1e-5)
+    cache.reorder(paddle.to_tensor([0, 0]))
+    model.step(paddle.to_tensor([[1], [2]]), cache)
+    cache.truncate(22)
+    cache.reorder(paddle.to_tensor([1]))
+    np.testing.assert_allclose(both(22, 23)[0].numpy(), whole[22], atol=1e-5)
+    other = copy.deepcopy(cache)
+    np.testing.assert_allclose(both(23, 24)[0].numpy(), whole[23], atol=1e-5)
+    logits = model.step(paddle.to_tensor([[int(IDS[23])]]), other)
+    logits = model.prefill(model.embed(paddle.to_tensor(IDS[None, 24:30])), other)
+    np.testing.assert_allclose(logits[0].numpy(), whole[29], atol=1e-5)
+
+
+def test_weights_that_change_between_two_turns_count_in_the_next():
+    model = build()
+    cache = model.new_cache(1, TOKENS)
+    model.prefill(model.embed(paddle.to_tensor(IDS[None, :9])), cache)
+    model.step(paddle.to_tensor([[1]]), cache)
+    weight = model.llama.layers[0].self_attn.o_proj.weight
+    weight.set_value(weight * 1.5)
+    cache.truncate(0)
+    model.prefill(model.embed(paddle.to_tensor(IDS[None, :9])), cache)
+    logits = model.step(paddle.to_tensor([[int(IDS[9])]]), cache)
+    whole = model(paddle.to_tensor(IDS[None, :10])).logits[:, -1]
     np.testing.assert_allclose(logits.numpy(), whole.numpy(), atol=1e-5)
 
 
@@ -122,12 +185,30 @@ def test_several_rows_and_other_models_go_their_own_way():
 
 
 def test_a_model_that_is_gone_leaves_nothing():
-    import gc
-
-    before = len(host_steps._kept)
     model = build()
     read(model, by_paddle=False)
-    assert len(host_steps._kept) == before + 1
+    model.llama.layers[0].register_forward_pre_hook(lambda layer, given, held=model: None)
+    gone = weakref.ref(model)
     del model
     gc.collect()
-    assert len(host_steps._kept) == before
+    assert gone() is None
+
+
+def test_an_interrupted_pass_leaves_the_positions_of_a_padded_cache():
+    model = build()
+    mask = paddle.to_tensor([[0] * 4 + [1] * 5])
+    cache = model.new_cache(1, TOKENS)
+    model.prefill(model.embed(paddle.to_tensor(IDS[None, :9])), cache, mask)
+    expected = model.prefill(model.embed(paddle.to_tensor(IDS[None, 9:12])), cache).numpy()
+    cache.truncate(9)
+
+    def interrupt(layer, given):
+        raise KeyboardInterrupt
+
+    hook = model.llama.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.prefill(model.embed(paddle.to_tensor(IDS[None, 12:20])), cache)
+    hook.remove()
+    cache.truncate(9)
+    again = model.prefill(model.embed(paddle.to_tensor(IDS[None, 9:12])), cache).numpy()
+    np.testing.assert_allclose(again, expected, atol=1e-6)

@@ -38,7 +38,7 @@ class KVCache:
         self._allocated = 0
         self.bias = None  # [B, allocated] 0 where a key counts, masked_score at padding and past the length
         # what takes single tokens on a CPU, once it has been checked against the weights, and how it sees keys and values
-        self.host_steps, self.host_views = None, ((), [])
+        self.host_steps, self.host_views = None, ([], [])
         self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
 
     def reserve(self, tokens: int) -> None:
@@ -53,6 +53,7 @@ class KVCache:
         # half as much again, so that a long answer is moved a few times only
         size = min(self.capacity, -(-max(needed, self._allocated * 3 // 2) // self.BLOCK) * self.BLOCK)
         shape = [self.batch_size, self.config.num_key_value_heads, size, self.config.head_dim]
+        self.host_views = [], []
         self._allocated = 0  # until every layer has moved: after an interruption the next call starts over
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
@@ -84,7 +85,7 @@ class KVCache:
 
     def reorder(self, rows: paddle.Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was; there may be more rows than before."""
-        self.batch_size = rows.shape[0]
+        self.batch_size, self.host_views = rows.shape[0], ([], [])
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
                 tensors[i] = paddle.index_select(tensor, rows, axis=0)
@@ -151,7 +152,9 @@ class LlamaRMSNorm(nn.Layer):
 
 def project(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)``; for one token the bare product takes half the time of a Linear without bias, which is the same."""
-    return paddle.matmul(x, layer.weight) if type(layer) is nn.Linear and not layer.training else layer(x)
+    plain = type(layer) is nn.Linear and layer.bias is None and not layer.training
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks
+    return paddle.matmul(x, layer.weight) if plain and not hooked else layer(x)
 
 
 class LlamaAttention(nn.Layer):
@@ -280,17 +283,21 @@ class LlamaDecoder(nn.Layer):
             position_ids: [B, T]; by default the number of real tokens before each one in its row.
             segment_ids: [B, T], for packed rows: a token sees only its own segment. Not with a cache.
             cache: the T tokens follow what it holds, and are added to it.
-            last_only: with a cache, whether the last token's hidden state is enough.
+            last_only: whether the last token's hidden state is enough; counts with a cache.
 
         Returns:
-            hidden states [B, T, D] after the last norm; rows at padding hold no meaning. [B, 1, D] with ``last_only``.
+            hidden states [B, T, D] after the last norm; rows at padding hold no meaning. [B, 1, D] with ``last_only`` and a
+            cache.
         """
         batch, tokens, _ = inputs_embeds.shape
         if attention_mask is not None and bool((attention_mask != 0).all()):
             attention_mask = None
         past = cache.length if cache is not None else 0
+        if cache is not None and tokens > 1:
+            cache.host_steps = None  # weights may have changed since the last pass
+        after = cache.positions if cache is not None else None
         if position_ids is None:
-            position_ids, longest = self._positions(batch, tokens, attention_mask, cache)
+            position_ids, longest, after = self._positions(batch, tokens, attention_mask, cache)
         else:
             longest = int(position_ids.max()) + 1
         rotation = Rotation(*self.rotary(position_ids, longest, inputs_embeds.dtype))
@@ -315,8 +322,8 @@ class LlamaDecoder(nn.Layer):
                 # of the last layer, most is needed for the last token only
                 only = last if index == len(self.layers) - 1 else None
                 hidden = layer(hidden, rotation, mask, flash, cache, index, only)
-        if cache is not None:
-            cache.length = past + tokens
+        if cache is not None:  # only now: a pass that is interrupted leaves what was held
+            cache.length, cache.positions = past + tokens, after
         return self.norm(hidden)
 
     def _for_one_token(self, rotation: Rotation, batch: int, cache: KVCache):
@@ -330,16 +337,14 @@ class LlamaDecoder(nn.Layer):
         return cache.bias.unsqueeze([1, 2]).tile([1, groups, heads // groups, 1])
 
     def _positions(self, batch, tokens, attention_mask, cache):
-        """[B, T] positions that padding doesn't count in, and the highest plus one."""
+        """[B, T] positions that padding doesn't count in, the highest plus one, and the cache's ``positions`` after them."""
         past = cache.length if cache is not None else 0
         if attention_mask is None and (cache is None or cache.positions is None):
-            return paddle.arange(past, past + tokens).unsqueeze(0).expand([batch, tokens]), past + tokens
+            return paddle.arange(past, past + tokens).unsqueeze(0).expand([batch, tokens]), past + tokens, None
         real = paddle.ones([batch, tokens], "int64") if attention_mask is None else attention_mask.astype("int64")
         start = past if cache is None or cache.positions is None else cache.positions
         ends = real.cumsum(axis=1) + start
-        if cache is not None:
-            cache.positions = ends[:, -1:]
-        return (ends - 1).clip(min=0), past + tokens
+        return (ends - 1).clip(min=0), past + tokens, ends[:, -1:]
 
     def _bias(self, attention_mask, cache, tokens, dtype):
         """Additive [B, 1, 1 or T, S] of what padding and the cache's spare room forbid; None for nothing."""

@@ -7,7 +7,6 @@ each with its own overhead, and products of one row by MKL, which reads at half 
 
 import ctypes
 from typing import Any, Dict, List, Optional, Tuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import paddle
@@ -21,8 +20,6 @@ __all__ = ["HostSteps"]
 # A product with a matrix of fewer columns reads at half of the pace, unless its rows are outputs; of such ones, which are a
 # small share of a large model, a turned copy is kept.
 NARROW = 960
-
-_kept: "WeakKeyDictionary[Any, HostSteps]" = WeakKeyDictionary()
 
 
 def _view(tensor: paddle.Tensor) -> np.ndarray:
@@ -40,7 +37,8 @@ class _Products:
         self.narrow = [(place, weight) for place, weight in enumerate(weights) if weight.shape[1] < NARROW]
         self.turned, self.parts = None, []
         if self.narrow:
-            self.turned = np.concatenate([weight.T for _, weight in self.narrow])
+            # made contiguous, as joined transposes stay transposes
+            self.turned = np.ascontiguousarray(np.concatenate([weight.T for _, weight in self.narrow]))
             stops = np.cumsum([weight.shape[1] for _, weight in self.narrow]).tolist()
             self.parts = [(place, slice(*each)) for (place, _), each in zip(self.narrow, zip([0, *stops], stops))]
             self.probe = np.random.default_rng(0).standard_normal(self.turned.shape[1], np.float32)
@@ -87,7 +85,6 @@ class HostSteps:
         decoder, config = model.llama, model.config
         self._tensors = _tensors(model)  # holds what the views look at
         self._places = [tensor.data_ptr() for tensor in self._tensors]
-        # the registers themselves and not the model, which must be able to go
         self._hooks = _hooks(model)
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
@@ -99,20 +96,24 @@ class HostSteps:
     def of(cls, model: Any, cache: KVCache) -> Optional["HostSteps"]:
         """The model's, for the next step on ``cache``; None where Paddle has to take it.
 
-        Whether NumPy can serve, and whether copies of weights are still like the weights, is found out once for each cache.
+        Whether NumPy can serve, and whether copies of weights are still like the weights, is found out at the first step
+        after a pass of several tokens.
         """
         if cache.batch_size != 1 or model.training or not on_cpu():
             return None
-        steps = cache.host_steps
-        if steps is not None and steps._in_place():
+        steps = getattr(model, "_host_steps", None)
+        if steps is not None and cache.host_steps is steps and steps._in_place():
             return None if any(steps._hooks) else steps
-        if not _serves(model):
+        if not _serves(model, cache):
             return None
-        steps = _kept.get(model)
         if steps is None or not steps._holds(model) or steps._stale():
-            steps = _kept[model] = cls(model)
+            steps = model._host_steps = cls(model)
         cache.host_steps = steps
         return steps
+
+    def __reduce__(self):
+        """A copy of a model or of a cache begins without."""
+        return type(None), ()
 
     def _in_place(self) -> bool:
         """Whether the tensors are where they were."""
@@ -128,7 +129,7 @@ class HostSteps:
     def __call__(self, model: Any, token: int, cache: KVCache) -> np.ndarray:
         """Reads a token into the cache; logits [V] after it."""
         decoder = model.llama
-        positions, longest = decoder._positions(1, 1, None, cache)
+        positions, longest, after = decoder._positions(1, 1, None, cache)
         cos, sin = (table.numpy().reshape(-1) for table in decoder.rotary(positions, longest, "float32"))
         half = self.width // 2
         sin = np.concatenate([-sin[:half], sin[half:]])
@@ -159,7 +160,7 @@ class HostSteps:
             gate *= 0.5 * np.tanh(0.5 * gate) + 0.5
             gate *= up
             hidden += layer.down(gate)[0]
-        cache.length = stop
+        cache.length, cache.positions = stop, after
         x = self._norm(hidden, self.norm)
         return self.embeddings @ x if self.head is None else self.head(x)[0]
 
@@ -170,11 +171,12 @@ class HostSteps:
 def _views(cache: KVCache) -> List[Tuple[np.ndarray, np.ndarray]]:
     """Keys and values [G, C, K] of each layer, for the one row; made anew when the cache has moved."""
     tensors = [*cache.keys, *cache.values]
+    places = [tensor.data_ptr() for tensor in tensors]
     held, views = cache.host_views
-    if len(held) != len(tensors) or any(one is not other for one, other in zip(held, tensors)):
+    if held != places:
         arrays = [_view(tensor)[0] for tensor in tensors]
         views = list(zip(arrays[: len(cache.keys)], arrays[len(cache.keys) :]))
-        cache.host_views = tensors, views
+        cache.host_views = places, views
     return views
 
 
@@ -193,12 +195,14 @@ def _tensors(model: Any) -> List[paddle.Tensor]:
     return [each.weight for each in (decoder.embed_tokens, decoder.norm, *norms, *_linears(model))]
 
 
-def _serves(model: Any) -> bool:
-    """Whether the decoder is nothing but its own layers, in float32: no adapters, no other kinds of products, no hooks."""
+def _serves(model: Any, cache: KVCache) -> bool:
+    """Whether the decoder is nothing but its own layers, in float32 on the host: no adapters, no other kinds of products, no
+    hooks."""
     return (
         all(type(each) is nn.Linear and each.bias is None for each in _linears(model))
         and not any(_hooks(model))
-        and all(each.dtype == paddle.float32 and each.is_contiguous() for each in _tensors(model))
+        and all(each.dtype == paddle.float32 and each.place.is_cpu_place() for each in (*_tensors(model), cache.bias))
+        and all(each.is_contiguous() for each in _tensors(model))
     )
 
 
@@ -207,4 +211,5 @@ def _hooks(model: Any) -> List[Dict]:
     decoder = model.llama
     parts = decoder.embed_tokens, decoder.norm, decoder.layers
     layers = [model, decoder, *(each for part in parts for each in part.sublayers(include_self=True))]
+    layers += [] if model.config.tie_word_embeddings else [model.lm_head]
     return [register for each in layers for register in (each._forward_pre_hooks, each._forward_post_hooks)]

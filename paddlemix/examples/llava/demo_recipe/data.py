@@ -98,6 +98,8 @@ def _absolute(row: Dict[str, Any], folder: Path) -> Dict[str, Any]:
 
 
 def write_rows(path: Path, rows: List[Dict[str, Any]]) -> None:
-    """One row per line inside a JSON array, as errors name lines."""
+    """One row per line inside a JSON array, as errors name lines; a file that is there is whole."""
     body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(f"[\n{body}\n]\n", encoding="utf-8")
+    aside = path.with_suffix(".partial")
+    aside.write_text(f"[\n{body}\n]\n", encoding="utf-8")
+    aside.replace(path)

@@ -84,10 +84,7 @@ def fit_projector(
         with paddle.no_grad():
             features = tower(paddle.to_tensor(pixel_values))
         labels = table["word"].reshape(-1)
-        filled = np.flatnonzero((labels != UNKNOWN) & (labels != WORDS.index(EMPTY)))
-        # one empty patch for every two of objects: there are far more of them, and they are all alike
-        empty = np.flatnonzero(labels == WORDS.index(EMPTY))
-        chosen = np.concatenate([filled, empty[:: max(1, 2 * len(empty) // max(1, len(filled)))]])
+        chosen = np.flatnonzero(labels != UNKNOWN)
         output = projector(features.flatten(0, 1).index_select(paddle.to_tensor(chosen)))
         over = sum(notes[kind][table[kind].reshape(-1)[chosen]] for kind in NOTES)  # no note is -1, the last row
         loss = ((output - paddle.to_tensor(words[labels[chosen]] + over)) ** 2).sum(-1).mean()

@@ -11,8 +11,8 @@
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
-A step that is done leaves a file in ``done/``; remove it to do the step again. The last checkpoint of a step that was
-killed is taken up.
+A step that is done leaves a file in ``done/``; to do it again, remove that and the step's folder. The last checkpoint of a
+step that was killed is taken up.
 """
 
 import argparse
@@ -146,6 +146,10 @@ class Recipe:
         from paddlemix.examples.llava.demo_recipe.export import export
 
         export(self.out / "stage3", self.out / "weights")
+        # what was made of earlier weights says nothing about these
+        shutil.rmtree(self.out / "model", ignore_errors=True)
+        for figures in self.out.glob("*.figures.json"):
+            figures.unlink()
 
     def evaluate(self) -> Dict[str, Any]:
         """The tests, greedy, asked of the model as it is shipped; easy-VQA also with blank pictures."""

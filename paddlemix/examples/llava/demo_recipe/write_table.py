@@ -100,7 +100,7 @@ def write_table(output_dir: str, vision: Dict, tower: Path, **options) -> Dict[s
     Args:
         vision: sizes of the whole tower.
         tower: safetensors of the layers below.
-        options: steps, thaw (from which step on all layers learn), batch_size, learning_rate, seed, easy_vqa (data folder)
+        options: steps, thaw (from which step on all layers learn; default 1025 of 2600), batch_size, learning_rate, seed, easy_vqa (data folder)
             and save_minutes of :func:`_write_table`.
 
     Returns:
@@ -120,7 +120,7 @@ def _write_table(
     steps: int = 2600,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
-    thaw: int = 1025,
+    thaw: Optional[int] = None,
     seed: int = 1,
     easy_vqa: Optional[str] = None,
     save_minutes: float = 2.0,
@@ -135,6 +135,7 @@ def _write_table(
 
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    thaw = steps * 41 // 104 if thaw is None else thaw
     easy = EasyVQAPictures(find_easy_vqa(easy_vqa))
     paddle.seed(seed)
     whole = CLIPVisionTower(CLIPVisionConfig(**vision), select_layer=-1, select_feature="cls_patch")
@@ -228,6 +229,6 @@ def _accuracy(logits, labels) -> Dict[str, float]:
     ):
         result[name] = float(right["word"][~empty & (labels["word"] != UNKNOWN) & np.isin(field, fields)].mean())
     result["empty"] = float(right["word"][empty].mean())
-    for name in ("place", *NOTES):
+    for name in (*COUNTED, *NOTES):
         result[name] = float(right[name][labels[name] != UNKNOWN].mean())
     return result
