@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TURNS = 8
 
 
 class Worker:
@@ -84,19 +83,18 @@ def measure(shape, arguments):
                     collected[side].append(answer)
         return collected
 
-    collected = rounds(arguments.repeats, do="chat", turns=TURNS)
-    same = {"chat": collected["paddle"][0]["answers"] == collected["transformers"][0]["answers"]}
-    for side, answers in collected.items():
-        for turn in range(TURNS):
-            figures[side][f"first token, turn {turn + 1} (s)"] = statistics.median(a["first"][turn] for a in answers)
-    stock = [
-        workers["transformers"].ask(do="chat", turns=TURNS, keep_cache=False) for _ in range(arguments.stock_repeats)
-    ]
-    if stock:
-        figures["transformers, stock"] = {
-            f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in stock)
-            for turn in range(TURNS)
-        }
+    same, turns = {}, arguments.turns
+    if turns:
+        collected = rounds(arguments.repeats, do="chat", turns=turns)
+        same["chat"] = collected["paddle"][0]["answers"] == collected["transformers"][0]["answers"]
+        for side, answers in collected.items():
+            figures[side].update(first_tokens(answers, turns))
+        stock = [
+            workers["transformers"].ask(do="chat", turns=turns, keep_cache=False)
+            for _ in range(arguments.stock_repeats)
+        ]
+        if stock:
+            figures["transformers, stock"] = first_tokens(stock, turns)
     text = SHAPES[shape]
     for context in arguments.contexts:
         read = bytes_of_a_step(text, context)
@@ -119,6 +117,14 @@ def measure(shape, arguments):
         worker.close()
     figures["machine"] = {"memory (GB/s)": memory_bandwidth()}
     return figures, same
+
+
+def first_tokens(answers, turns):
+    """Medians over several chats."""
+    return {
+        f"first token, turn {turn + 1} (s)": statistics.median(a["first"][turn] for a in answers)
+        for turn in range(turns)
+    }
 
 
 def bytes_of_a_step(text, context):
@@ -185,6 +191,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load-repeats", type=int, default=3)
     parser.add_argument("--stock-repeats", type=int, default=2, help="chats of transformers without a kept cache")
+    parser.add_argument("--turns", type=int, default=8, help="of a chat; 0 leaves the chats out")
     parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
     parser.add_argument("--batch", type=int, default=8, help="rows of the batch figure; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=2)
