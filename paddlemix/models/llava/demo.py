@@ -57,9 +57,9 @@ BLIND_NOTE = (
     "with random weights. It can't see yet, so what it says about a picture is made up."
 )
 SEEING_NOTE = (
-    "This is the built-in demonstration model, which is small. It describes pictures of flat coloured shapes on a pale "
-    "ground (circle, rectangle, triangle, star, diamond, cross); of boxes and counts it is mostly wrong, and it makes up "
-    "what it says about other pictures, photographs too."
+    "This is the built-in demonstration model, which is small. It knows pictures of one to four flat coloured shapes on a "
+    "pale ground (circle, rectangle, triangle, star, diamond, cross): what they are, and where. It often miscounts and "
+    "compares places wrongly, and makes up what it says about other pictures, photographs too."
 )
 
 _FORMAT = 2  # raised when a folder put together by older code must not be used any more
