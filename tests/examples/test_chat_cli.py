@@ -122,7 +122,11 @@ def test_questions_of_a_script_are_answered_and_nothing_else(folder, capsys):
 # ---- a terminal ----
 
 
-def test_a_terminal(folder, tmp_path, environment):
+def test_a_terminal(tmp_path, environment):
+    # deep enough that an answer is still being written when it is stopped
+    folder = chat_models.save(
+        tmp_path / "model", max_position_embeddings=2048, num_hidden_layers=24, demo_note="It can't see yet."
+    )
     flags = ["--model-path", str(folder), "--image-file", str(CAT), "--max-new-tokens", "1900", "--temperature", "0"]
     (tmp_path / "cat picture.png").write_bytes(CAT.read_bytes())
     child = pexpect.spawn(
