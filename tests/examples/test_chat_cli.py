@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,8 @@ def test_a_terminal(tmp_path, environment):
         encoding="utf-8",
         timeout=120,
         dimensions=(30, 120),
+        # a suite that runs in the background may have inherited that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         child.expect_exact("USER: ")
