@@ -1,8 +1,10 @@
-"""What single operations of a layer cost on this CPU, in the forms that the model has a choice of.
+"""What single operations cost on this CPU, in the forms that the model has a choice of.
 
     python benchmarks/operations.py
 
-Prints a Markdown table, milliseconds (the median of 20). Shapes are those of four rows of 256 tokens in SmolLM2-135M.
+Prints three Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
+SmolLM2-135M; all products with weights of one decoding step there, by Paddle and by NumPy; and the parts of a layer of the
+ViT-L/14-336 tower.
 """
 
 import statistics
@@ -16,22 +18,28 @@ from paddlemix.runtime import prepare_cpu  # noqa: E402
 
 prepare_cpu()
 
+import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 
+from paddlemix.models.llava.attention import attend  # noqa: E402
+from paddlemix.models.llava.vision_tower import quick_gelu  # noqa: E402
+
 ROWS, TOKENS, WIDTH, HEADS, MLP = 4, 256, 576, 9, 1536
+LAYERS, KEYS, VOCABULARY = 30, 192, 49152
 
 
-def milliseconds(function) -> float:
+def milliseconds(function, *arguments) -> float:
     times = []
     for _ in range(23):
         started = time.perf_counter()
-        function()
+        function(*arguments)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times[3:])
 
 
-def main():
+def of_a_layer():
+    """[(name, ms)]"""
     hidden = paddle.randn([ROWS, TOKENS, WIDTH])
     heads = paddle.randn([ROWS, HEADS, TOKENS, WIDTH // HEADS])
     table = paddle.randn([1, 1, TOKENS, WIDTH // HEADS])
@@ -64,9 +72,66 @@ def main():
         ("SwiGLU, F.swiglu", milliseconds(lambda: F.swiglu(gate, up))),
         ("SwiGLU by tanh", milliseconds(swiglu_by_tanh)),
     ]
-    print("| operation | ms |\n|---|---|")
-    for name, value in rows:
-        print(f"| {name} | {value:.2f} |")
+    return rows
+
+
+def of_a_step():
+    """All products of a step: 30 layers and the head, whose weights together don't fit into a cache."""
+    sizes = [(WIDTH, WIDTH), (WIDTH, KEYS), (WIDTH, KEYS), (WIDTH, WIDTH), (WIDTH, MLP), (WIDTH, MLP), (MLP, WIDTH)]
+    random = np.random.default_rng(0)
+    layers = [[random.standard_normal(size, np.float32) for size in sizes] for _ in range(LAYERS)]
+    head = random.standard_normal((VOCABULARY, WIDTH), np.float32)
+    tensors = [[paddle.to_tensor(weight) for weight in layer] for layer in layers]
+    head_tensor = paddle.to_tensor(head)
+
+    def by_numpy(inputs):
+        return [inputs[len(weight)] @ weight for layer in layers for weight in layer]
+
+    def by_paddle(inputs):
+        for layer in tensors:
+            for weight in layer:
+                paddle.matmul(inputs[weight.shape[0]], weight)
+        return paddle.matmul(inputs[WIDTH], head_tensor, transpose_y=True)
+
+    vectors = {width: random.standard_normal(width, np.float32) for width in (WIDTH, MLP)}
+    rows = [
+        ("the layers' products with one row, NumPy", milliseconds(lambda: by_numpy(vectors))),
+        ("the product with the embeddings, NumPy", milliseconds(lambda: head @ vectors[WIDTH])),
+    ]
+    for count in (1, 2, 8):
+        several = {width: random.standard_normal((count, width), np.float32) for width in (WIDTH, MLP)}
+        moved = {width: paddle.to_tensor(values) for width, values in several.items()}
+        rows.append((f"all products with {count} rows, Paddle", milliseconds(by_paddle, moved)))
+        if count > 1:
+            both = milliseconds(by_numpy, several) + milliseconds(np.matmul, several[WIDTH], head.T)
+            rows.append((f"all products with {count} rows, NumPy", both))
+    return rows
+
+
+def of_a_tower_layer():
+    """577 tokens of width 1024, 16 heads."""
+    hidden, wide = paddle.randn([1, 577, 1024]), paddle.randn([1, 577, 4096])
+    heads = paddle.randn([1, 16, 577, 64])
+    square, up, down = paddle.randn([1024, 1024]), paddle.randn([1024, 4096]), paddle.randn([4096, 1024])
+    with paddle.no_grad():
+        return [
+            ("queries, keys, values, output: four products", 4 * milliseconds(lambda: F.linear(hidden, square))),
+            ("first product of the MLP", milliseconds(lambda: F.linear(hidden, up))),
+            ("second product of the MLP", milliseconds(lambda: F.linear(wide, down))),
+            ("attention", milliseconds(lambda: attend(heads, heads, heads))),
+            ("quick GELU", milliseconds(lambda: quick_gelu(wide))),
+        ]
+
+
+def main():
+    for title, measure in (
+        ("a layer, 4 x 256 tokens", of_a_layer),
+        ("a decoding step", of_a_step),
+        ("a layer of the tower", of_a_tower_layer),
+    ):
+        print(f"\n| {title} | ms |\n|---|---|")
+        for name, value in measure():
+            print(f"| {name} | {value:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

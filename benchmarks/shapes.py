@@ -1,10 +1,15 @@
 """The models that are measured: sizes, and a folder of random weights in Hugging Face's layout that both sides open."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from paddlemix.models.llava.demo import DEMO_VISION  # noqa: E402
 
 VIT_L_336 = dict(
     hidden_size=1024,
@@ -43,17 +48,7 @@ SHAPES = {
 SHAPES["multihead"] = dict(SHAPES["tinyllama"], num_key_value_heads=32, num_hidden_layers=8)
 # the built-in default model: the same decoder behind a tower of its own
 SHAPES["default"] = SHAPES["smollm2"]
-VISIONS = {
-    "default": dict(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=7,
-        num_attention_heads=3,
-        image_size=64,
-        patch_size=8,
-        projection_dim=64,
-    )
-}
+VISIONS = {"default": dict(DEMO_VISION, projection_dim=64)}
 
 
 def tensors(text: Dict, vision: Dict) -> Iterator[Tuple[str, Tuple[int, ...]]]:

@@ -37,7 +37,7 @@ class KVCache:
         self.values = [None] * config.num_hidden_layers
         self._allocated = 0
         self.bias = None  # [B, allocated] 0 where a key counts, masked_score at padding and past the length
-        # what takes single tokens on a CPU, once it has been checked against the weights, and how it sees keys and values
+        # what takes single tokens on a CPU, once it is known that it can, and how it sees keys and values
         self.host_steps, self.host_views = None, ([], [])
         self.positions = None  # [B, 1] next position of each row; None: the same for all, self.length
 
@@ -64,6 +64,13 @@ class KVCache:
         if self.length:
             bias[:, : self.length] = self.bias[:, : self.length]
         self.bias, self._allocated = bias, size
+
+    def open(self, tokens: int, hidden: Optional[paddle.Tensor] = None) -> int:
+        """Makes room for ``tokens`` more and lets them be seen, but for what ``hidden`` [B, T] adds; the length then."""
+        self.reserve(tokens)
+        stop = self.length + tokens
+        self.bias[:, self.length : stop] = 0.0 if hidden is None else hidden
+        return stop
 
     def write(self, layer: int, key: paddle.Tensor, value: paddle.Tensor) -> None:
         """Puts key and value [B, G, T, K] of the newest T tokens after the ``length`` that are held."""
@@ -294,10 +301,10 @@ class LlamaDecoder(nn.Layer):
             attention_mask = None
         past = cache.length if cache is not None else 0
         if cache is not None and tokens > 1:
-            cache.host_steps = None  # weights may have changed since the last pass
+            cache.host_steps = None  # the model may have changed since the last pass
         after = cache.positions if cache is not None else None
         if position_ids is None:
-            position_ids, longest, after = self._positions(batch, tokens, attention_mask, cache)
+            position_ids, longest, after = self.next_positions(batch, tokens, attention_mask, cache)
         else:
             longest = int(position_ids.max()) + 1
         rotation = Rotation(*self.rotary(position_ids, longest, inputs_embeds.dtype))
@@ -336,7 +343,7 @@ class LlamaDecoder(nn.Layer):
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
         return cache.bias.unsqueeze([1, 2]).tile([1, groups, heads // groups, 1])
 
-    def _positions(self, batch, tokens, attention_mask, cache):
+    def next_positions(self, batch, tokens, attention_mask, cache):
         """[B, T] positions that padding doesn't count in, the highest plus one, and the cache's ``positions`` after them."""
         past = cache.length if cache is not None else 0
         if attention_mask is None and (cache is None or cache.positions is None):
@@ -347,19 +354,11 @@ class LlamaDecoder(nn.Layer):
         return (ends - 1).clip(min=0), past + tokens, ends[:, -1:]
 
     def _bias(self, attention_mask, cache, tokens, dtype):
-        """Additive [B, 1, 1 or T, S] of what padding and the cache's spare room forbid; None for nothing."""
+        """Additive [B, 1, 1, S] of what padding forbids, in the cache too, where there is room after this; None for nothing."""
+        hidden = None if attention_mask is None else (1 - attention_mask.astype(dtype)) * masked_score(dtype)
         if cache is None:
-            bias = None
-            if attention_mask is not None:
-                bias = ((1 - attention_mask.astype(dtype)) * masked_score(dtype)).unsqueeze([1, 2])
-            return bias
-        cache.reserve(tokens)
-        stop = cache.length + tokens
-        cache.bias[:, cache.length : stop] = (
-            0.0 if attention_mask is None else (1 - attention_mask.astype(dtype)) * masked_score(dtype)
-        )
-        if tokens == 1:
-            return cache.bias.unsqueeze([1, 2])
+            return None if hidden is None else hidden.unsqueeze([1, 2])
+        stop = cache.open(tokens, hidden)
         # with neither padding now nor earlier there is nothing to forbid but the future
         if attention_mask is None and cache.positions is None:
             return None

@@ -17,10 +17,6 @@ from paddlemix.models.llava.lean import on_cpu
 
 __all__ = ["HostSteps"]
 
-# A product with a matrix of fewer columns reads at half of the pace, unless its rows are outputs; of such ones, which are a
-# small share of a large model, a turned copy is kept.
-NARROW = 960
-
 
 def _view(tensor: paddle.Tensor) -> np.ndarray:
     """The memory of a float32 tensor on the host, of which the caller must keep hold."""
@@ -28,51 +24,17 @@ def _view(tensor: paddle.Tensor) -> np.ndarray:
     return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
 
 
-class _Products:
-    """``x @ weight`` for a vector and several weights, of which the narrow ones go together."""
-
-    def __init__(self, *layers: nn.Layer):
-        weights = [_view(layer.weight) for layer in layers]
-        self.wide = [(place, weight) for place, weight in enumerate(weights) if weight.shape[1] >= NARROW]
-        self.narrow = [(place, weight) for place, weight in enumerate(weights) if weight.shape[1] < NARROW]
-        self.turned, self.parts = None, []
-        if self.narrow:
-            # made contiguous, as joined transposes stay transposes
-            self.turned = np.ascontiguousarray(np.concatenate([weight.T for _, weight in self.narrow]))
-            stops = np.cumsum([weight.shape[1] for _, weight in self.narrow]).tolist()
-            self.parts = [(place, slice(*each)) for (place, _), each in zip(self.narrow, zip([0, *stops], stops))]
-            self.probe = np.random.default_rng(0).standard_normal(self.turned.shape[1], np.float32)
-            self.probed = self._probed()
-
-    def __call__(self, x: np.ndarray) -> List[np.ndarray]:
-        results = [None] * (len(self.wide) + len(self.narrow))
-        for place, weight in self.wide:
-            results[place] = x @ weight
-        if self.turned is not None:
-            together = self.turned @ x
-            for place, part in self.parts:
-                results[place] = together[part]
-        return results
-
-    def stale(self) -> bool:
-        """Whether a weight has changed since it was copied: a product with fixed numbers comes out differently."""
-        return self.turned is not None and not np.array_equal(self._probed(), self.probed)
-
-    def _probed(self) -> np.ndarray:
-        return np.concatenate([self.probe @ weight for _, weight in self.narrow])
-
-
 class _Layer:
+    """The weights of a layer, each [in, out], in the memory in which Paddle has them."""
+
     def __init__(self, layer: nn.Layer):
         attention, mlp = layer.self_attn, layer.mlp
-        self.read = _Products(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out, self.down = _Products(attention.o_proj), _Products(mlp.down_proj)
-        self.gate_and_up = _Products(mlp.gate_proj, mlp.up_proj)
+        self.query, self.key, self.value, self.out = (
+            _view(each.weight) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        self.gate, self.up, self.down = (_view(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.before_attention = _view(layer.input_layernorm.weight)
         self.before_mlp = _view(layer.post_attention_layernorm.weight)
-
-    def stale(self) -> bool:
-        return any(each.stale() for each in (self.read, self.out, self.gate_and_up, self.down))
 
 
 class HostSteps:
@@ -88,7 +50,7 @@ class HostSteps:
         self._hooks = _hooks(model)
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
-        self.head = None if config.tie_word_embeddings else _Products(model.lm_head)
+        self.head = None if config.tie_word_embeddings else _view(model.lm_head.weight)
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.epsilon = config.rms_norm_eps
 
@@ -96,8 +58,7 @@ class HostSteps:
     def of(cls, model: Any, cache: KVCache) -> Optional["HostSteps"]:
         """The model's, for the next step on ``cache``; None where Paddle has to take it.
 
-        Whether NumPy can serve, and whether copies of weights are still like the weights, is found out at the first step
-        after a pass of several tokens.
+        Whether NumPy can serve is found out at the first step after a pass of several tokens.
         """
         if cache.batch_size != 1 or model.training or not on_cpu():
             return None
@@ -106,7 +67,7 @@ class HostSteps:
             return None if any(steps._hooks) else steps
         if not _serves(model, cache):
             return None
-        if steps is None or not steps._holds(model) or steps._stale():
+        if steps is None or not steps._holds(model):
             steps = model._host_steps = cls(model)
         cache.host_steps = steps
         return steps
@@ -123,19 +84,16 @@ class HostSteps:
         """Whether they are still the model's."""
         return self._in_place() and all(ours is its for ours, its in zip(self._tensors, _tensors(model)))
 
-    def _stale(self) -> bool:
-        return any(layer.stale() for layer in self.layers) or (self.head is not None and self.head.stale())
-
     def __call__(self, model: Any, token: int, cache: KVCache) -> np.ndarray:
         """Reads a token into the cache; logits [V] after it."""
         decoder = model.llama
-        positions, longest, after = decoder._positions(1, 1, None, cache)
+        positions, longest, after = decoder.next_positions(1, 1, None, cache)
         cos, sin = (table.numpy().reshape(-1) for table in decoder.rotary(positions, longest, "float32"))
         half = self.width // 2
         sin = np.concatenate([-sin[:half], sin[half:]])
-        bias = decoder._bias(None, cache, 1, "float32").numpy().reshape(-1)
-        stop = cache.length + 1
-        bias = None if cache.positions is None else bias[:stop]  # without padding nothing that is held is hidden
+        stop = cache.open(1)
+        # without padding nothing that is held is hidden
+        bias = None if cache.positions is None else cache.bias.numpy()[0, :stop]
         heads, groups, width = self.heads, self.groups, self.width
 
         def turn(x):
@@ -144,25 +102,26 @@ class HostSteps:
         scale = np.float32(width**-0.5)
         hidden = self.embeddings[token].copy()
         for layer, (keys, values) in zip(self.layers, _views(cache)):
-            query, key, value = layer.read(self._norm(hidden, layer.before_attention))
-            keys[:, cache.length] = turn(key.reshape(groups, width))
-            values[:, cache.length] = value.reshape(groups, width)
-            query = turn(query.reshape(heads, width)) * scale
+            x = self._norm(hidden, layer.before_attention)
+            keys[:, cache.length] = turn((x @ layer.key).reshape(groups, width))
+            values[:, cache.length] = (x @ layer.value).reshape(groups, width)
+            query = turn((x @ layer.query).reshape(heads, width)) * scale
             scores = query.reshape(groups, -1, width) @ keys[:, :stop].transpose(0, 2, 1)  # [G, H / G, S]
             if bias is not None:
                 scores += bias
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
-            hidden += layer.out((scores @ values[:, :stop]).reshape(-1))[0]
-            gate, up = layer.gate_and_up(self._norm(hidden, layer.before_mlp))
+            hidden += (scores @ values[:, :stop]).reshape(-1) @ layer.out
+            x = self._norm(hidden, layer.before_mlp)
+            gate = x @ layer.gate
             # gate * sigmoid(gate), by a tanh, which doesn't overflow
             gate *= 0.5 * np.tanh(0.5 * gate) + 0.5
-            gate *= up
-            hidden += layer.down(gate)[0]
+            gate *= x @ layer.up
+            hidden += gate @ layer.down
         cache.length, cache.positions = stop, after
         x = self._norm(hidden, self.norm)
-        return self.embeddings @ x if self.head is None else self.head(x)[0]
+        return self.embeddings @ x if self.head is None else x @ self.head
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return x * np.float32(1 / np.sqrt(x @ x / x.size + self.epsilon)) * weight

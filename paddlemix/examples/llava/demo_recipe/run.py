@@ -108,8 +108,8 @@ class Recipe:
         words, notes = word_embeddings(embeddings, encode), note_embeddings(embeddings, encode)
         easy = EasyVQAPictures(find_easy_vqa(self.arguments.easy_vqa))
         steps = self.arguments.projector_steps
-        parts = model.llama.vision_tower, model.llama.mm_projector
-        nearest = fit_projector(*parts, words, notes, easy, steps)
+        llama = model.llama
+        nearest = fit_projector(llama.vision_tower, llama.mm_projector, words, notes, easy, steps)
         logger.info("%.3f of the patches lie nearest to their own word", nearest)
         shutil.rmtree(scratch)
         parts = []

@@ -9,7 +9,8 @@ the box as an answer gives it. Over some words stands a note, which the decoder 
 third point the number of objects, over the shape where along x and y the centre is. Patches that are left over are empty.
 
 The first of the two layers is asked for each object's place in the reading order and how many there are, the second for
-words and notes; the heads that are asked are thrown away. The layers below are frozen at first, which is quick, and then learn on with the two.
+words and notes; the heads that are asked are thrown away. The layers below are frozen at first, which is quick, and then
+learn on with the two.
 """
 
 import logging
@@ -100,8 +101,8 @@ def write_table(output_dir: str, vision: Dict, tower: Path, **options) -> Dict[s
     Args:
         vision: sizes of the whole tower.
         tower: safetensors of the layers below.
-        options: steps, thaw (from which step on all layers learn; default 1025 of 2600), batch_size, learning_rate, seed, easy_vqa (data folder)
-            and save_minutes of :func:`_write_table`.
+        options: steps, thaw (from which step on all layers learn; default 1025 of 2600), batch_size, learning_rate, seed,
+            easy_vqa (data folder) and save_minutes of :func:`_write_table`.
 
     Returns:
         the share of right words on drawn validation scenes, by kind.
