@@ -98,15 +98,14 @@ def measure(shape, arguments):
     text = SHAPES[shape]
     for context in arguments.contexts:
         read = bytes_of_a_step(text, context)
+        tokens = {}
         for side, answers in rounds(arguments.repeats, text_sides, do="decode", context=context).items():
             pace = statistics.median(a["tokens_per_second"] for a in answers)
             figures[side][f"decode at {context} (tokens/s)"] = pace
             figures[side][f"decode at {context} (GB/s)"] = pace * read / 1e9
             figures[side][f"prefill of {context} (s)"] = statistics.median(a["prefill_seconds"] for a in answers)
-            same[f"{side}, {context}"] = answers[0]["tokens"]
-        for side in text_sides:
-            same[f"{side}, {context}"] = same[f"{side}, {context}"] == same[f"paddle, {context}"]
-        del same[f"paddle, {context}"]
+            tokens[side] = answers[0]["tokens"]
+        same.update({f"{side}, {context}": tokens[side] == tokens["paddle"] for side in tokens if side != "paddle"})
     if arguments.batch:
         for size in (1, arguments.batch):
             for side, answers in rounds(2, do="batch", size=size).items():
