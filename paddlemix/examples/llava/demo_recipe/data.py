@@ -1,4 +1,4 @@
-"""Writes the recipe's data: drawn pictures and the JSON files of stage 2, stage 3 and the tests."""
+"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 4 and of the tests."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, 
 __all__ = ["KINDS", "write_data", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
-ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000
+ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED = 500_000_000, 600_000_000, 700_000_000
 ROUNDS = 12
 CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
@@ -29,6 +29,21 @@ KINDS = {
     "caption": 1.5,
     "list": 0.5,
 }
+# Stage 4 asks for what has to be worked out, and for the rest as often as keeps it.
+WORKED_OUT = {
+    "exist": 3,
+    "color": 0.7,
+    "shape": 0.8,
+    "size": 0.7,
+    "count": 4,
+    "position": 2,
+    "relation": 6,
+    "box": 0.4,
+    "region": 0.8,
+    "caption": 0.2,
+}
+SENTENCES_KEPT = 0.4  # of those questions of stage 4 that want a sentence: most of its words are no news
+OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are, the more can be asked
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
 CHINESE_SHARE = 0.12  # of the chats about scenes
@@ -40,15 +55,18 @@ def write_data(
     align_rows: int,
     instruct_scenes: int,
     instruct_easy: int,
+    question_scenes: int,
+    question_easy: int,
     seed: int,
 ) -> None:
-    """Writes the JSON files of stages 2 (``align``) and 3 (``instruct``) and of the tests, and ``images/``.
+    """Writes the JSON files of stages 2 (``align``), 3 (``instruct``) and 4 (``questions``) and of the tests, and ``images/``.
 
     Args:
         easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
         align_rows: scenes with a dense caption, for stage 2.
         instruct_scenes: chats about scenes, for stage 3.
         instruct_easy: chats about easy-VQA's train pictures, for stage 3.
+        question_scenes, question_easy: the same for stage 4.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -74,11 +92,25 @@ def write_data(
     rng.shuffle(instruct)
     write_rows(folder / "instruct.json", instruct)
 
+    rng = random.Random(f"questions-{seed}")
+    asked = [_asked_much(images, QUESTIONS_SEED + number, rng) for number in range(question_scenes)]
+    asked += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(question_easy, len(easy)))]
+    rng.shuffle(asked)
+    write_rows(folder / "questions.json", asked)
+
     test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
     random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
     write_rows(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
     write_test_scenes(folder, "scenes_test.json", ENGLISH, TEST_SEEDS)
     write_test_scenes(folder, "scenes_test_zh.json", CHINESE, TEST_SEEDS[:CHINESE_TESTS])
+
+
+def _asked_much(images: Path, seed: int, rng: random.Random) -> Dict[str, Any]:
+    """A chat of stage 4 about a scene, which is drawn into ``images``."""
+    scene = make_scene(seed, rng.choice(OBJECTS))
+    draw_scene(scene).save(images / f"{seed}.png")
+    rounds = questions.conversation(scene, ROUNDS, rng, WORKED_OUT, sentences=SENTENCES_KEPT)
+    return questions.to_row(f"images/{seed}.png", rounds)
 
 
 def write_test_scenes(folder: Path, name: str, say: Language, seeds: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ def export(trained: Path, folder: Path) -> Dict[str, int]:
     """Writes ``vision_tower.safetensors``, ``mm_projector.safetensors`` and ``adapter/`` to ``folder``.
 
     Args:
-        trained: the output folder of stage 3, a LoRA adapter with the projector beside it.
+        trained: the output folder of the last stage, a LoRA adapter with the projector beside it.
 
     Returns:
         bytes of each file.

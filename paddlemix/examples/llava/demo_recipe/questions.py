@@ -6,7 +6,7 @@ one. A box is four numbers with two decimals: left, top, right, bottom in 0..1 o
 
 import random
 import re
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence
 
 from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject, ninth_of, part_name
@@ -27,16 +27,19 @@ __all__ = [
 IN_A_SENTENCE = ENGLISH.in_a_sentence
 _BOX = re.compile(r"0\.\d\d(, 0\.\d\d){3}")
 _WHOLE = ("caption", "list")
+_NAMES_NOTHING = {"count": 0, "exist": 1}  # kinds whose questions name objects that may not be there, in their order
 APART = 0.12  # centres closer than this along an axis are neither left nor right (above nor below) of each other
 SENTENCES = 0.25  # share of the questions that want a sentence
+NAMES_LATER = 0.7  # share of the chats that don't name an object before they have counted
 
 
 class Round(NamedTuple):
-    """A question, its answer, and what it asks about."""
+    """A question, its answer, its kind, and the fact that is asked: two rounds of one fact answer each other."""
 
     question: str
     answer: str
     kind: str
+    fact: Hashable
 
 
 def box_text(box: Box) -> str:
@@ -65,12 +68,25 @@ def _unique(scene: Scene, attribute: str) -> List[SceneObject]:
     return [o for o, value in zip(scene.objects, values) if values.count(value) == 1]
 
 
-def _round(rng: random.Random, say: Language, kind: str, asked: Sequence[str], short: str, sentence: str) -> Round:
-    """One of the forms of ``kind`` with what is asked about, and the short answer or the sentence."""
+def _round(
+    rng: random.Random,
+    say: Language,
+    kind: str,
+    asked: Sequence[str],
+    short: str,
+    sentence: str,
+    fact: Optional[Hashable] = None,
+) -> Round:
+    """One of the forms of ``kind`` with what is asked about, and the short answer or the sentence.
+
+    Args:
+        fact: what is asked, if other questions than those about ``asked`` ask it too.
+    """
+    fact = (kind, *asked) if fact is None else fact
     question = rng.choice(say.questions[kind]).format(*asked)
     if rng.random() < SENTENCES:
-        return Round(f"{question}{say.joint}{say.in_a_sentence}", sentence, kind)
-    return Round(question, short, kind)
+        return Round(f"{question}{say.joint}{say.in_a_sentence}", sentence, kind, fact)
+    return Round(question, short, kind, fact)
 
 
 def _exist(rng: random.Random, scene: Scene, say: Language) -> Round:
@@ -156,26 +172,28 @@ def _relation(rng: random.Random, scene: Scene, say: Language) -> Optional[Round
     a, b, relation, holds = rng.choice(pairs)
     asked = [say.object_name(a), say.word(relation), say.object_name(b)]
     sentence = say.sentences["relation yes" if holds else "relation no"].format(*asked)
-    return _round(rng, say, "relation", asked, say.yes_no[not holds], sentence)
+    # "is A above B" tells whether B is below A
+    fact = frozenset((a.name, b.name)), relation in ("above", "below")
+    return _round(rng, say, "relation", asked, say.yes_no[not holds], sentence, fact)
 
 
 def _box(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
-    return Round(rng.choice(say.questions["box"]).format(say.object_name(obj)), box_text(obj.box), "box")
+    return Round(rng.choice(say.questions["box"]).format(say.object_name(obj)), box_text(obj.box), "box", obj.box)
 
 
 def _region(rng: random.Random, scene: Scene, say: Language) -> Round:
     obj = rng.choice(scene.objects)
     question = rng.choice(say.questions["region"]).format(box_text(obj.box))
-    return Round(question, say.one(say.full_name(obj)), "region")
+    return Round(question, say.one(say.full_name(obj)), "region", obj.box)
 
 
 def _caption(rng: random.Random, scene: Scene, say: Language) -> Round:
-    return Round(rng.choice(say.questions["caption"]), caption(scene, say), "caption")
+    return Round(rng.choice(say.questions["caption"]), caption(scene, say), "caption", "whole")
 
 
 def _list(rng: random.Random, scene: Scene, say: Language) -> Round:
-    return Round(rng.choice(say.questions["list"]), dense_caption(scene, say), "list")
+    return Round(rng.choice(say.questions["list"]), dense_caption(scene, say), "list", "whole")
 
 
 _MAKERS: Dict[str, Callable[[random.Random, Scene, Language], Optional[Round]]] = {
@@ -205,14 +223,16 @@ def conversation(
     rng: random.Random,
     weights: Optional[Dict[str, float]] = None,
     say: Language = ENGLISH,
+    sentences: float = 1.0,
 ) -> List[Round]:
     """A chat of at most ``rounds`` rounds that mixes the kinds and asks nothing twice.
 
-    What an earlier round gave away teaches no seeing, so a box is named once, and of description and list there is at
-    most one, which comes last, or sometimes first.
+    What an earlier round gave away teaches no seeing. So a fact is asked once; of description and list there is at most
+    one, which comes last, or sometimes first; and most chats count, and ask what is there, before they name objects.
 
     Args:
         weights: how often each kind is asked; default: all alike.
+        sentences: share that is kept of the questions that want a sentence.
     """
     kinds = list(weights or _MAKERS)
     chosen: List[Round] = []
@@ -221,8 +241,12 @@ def conversation(
             break
         kind = rng.choices(kinds, [weights[k] for k in kinds] if weights else None)[0]
         made = ask(kind, rng, scene, say)
-        if made is not None and not any(_gives_away(other, made) for other in chosen):
+        if made is None or (made.question.endswith(say.in_a_sentence) and rng.random() > sentences):
+            continue
+        if not any(_gives_away(other, made) for other in chosen):
             chosen.append(made)
+    if rng.random() < NAMES_LATER:
+        chosen.sort(key=lambda one: _NAMES_NOTHING.get(one.kind, len(_NAMES_NOTHING)))
     # a description or a list names everything; it ends the chat, but for some chats that it opens
     chosen.sort(key=lambda one: one.kind in _WHOLE)
     if len(chosen) > 1 and chosen[-1].kind in _WHOLE and rng.random() < 0.3:
@@ -231,8 +255,9 @@ def conversation(
 
 
 def _gives_away(earlier: Round, later: Round) -> bool:
-    if earlier.question == later.question or (earlier.kind in _WHOLE and later.kind in _WHOLE):
+    if earlier.fact == later.fact:
         return True
+    # a list may name the boxes that were asked before
     box = _BOX.search(f"{later.question} {later.answer}")
     return later.kind != "list" and bool(box and box.group() in f"{earlier.question} {earlier.answer}")
 

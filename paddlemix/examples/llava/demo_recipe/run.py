@@ -8,6 +8,7 @@
     base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
     instruct  stage 3: LoRA on the decoder, and the projector, on chats (…, stage3_instruct.json)
+    questions stage 4: the same adapter goes on, on questions whose answers must be worked out (…, stage4_questions.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -35,7 +36,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "table", "base", "align", "instruct", "export", "evaluate")
+STEPS = ("data", "tower", "table", "base", "align", "instruct", "questions", "export", "evaluate")
 
 
 class Recipe:
@@ -65,7 +66,7 @@ class Recipe:
 
         a = self.arguments
         easy = find_easy_vqa(a.easy_vqa)
-        counts = a.align_rows, a.instruct_scenes, a.instruct_easy_vqa
+        counts = a.align_rows, a.instruct_scenes, a.instruct_easy_vqa, a.question_scenes, a.question_easy_vqa
         write_data(self.out / "data", easy, *counts, a.seed)
 
     def tower(self) -> Dict[str, Any]:
@@ -131,11 +132,19 @@ class Recipe:
         data = ["instruct.json", "text.json", "text.json"]
         self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", data)
 
-    def _finetune(self, name: str, shipped: str, model: Path, data: List[str]) -> None:
+    def questions(self) -> None:
+        data = ["questions.json", "text.json"]
+        self._finetune("stage4", "stage4_questions.json", self.out / "stage2", data, self.out / "stage3")
+
+    def _finetune(
+        self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None
+    ) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
         config["output_dir"] = str(self.out / name)
+        if adapter is not None:
+            config["lora_path"] = str(adapter)
         for entry, file in zip(config["dataset"]["train"], data):
             entry["data_files"] = str(self.out / "data" / file)
         path = self.out / f"{name}.json"
@@ -145,7 +154,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage3", self.out / "weights")
+        export(self.out / "stage4", self.out / "weights")
         # what was made of earlier weights says nothing about these
         shutil.rmtree(self.out / "model", ignore_errors=True)
         for figures in self.out.glob("*.figures.json"):
@@ -208,6 +217,8 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--align_rows", type=int, default=100, help="rows of stage 2")
     parser.add_argument("--instruct_scenes", type=int, default=1400, help="chats of stage 3 about scenes")
     parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--question_scenes", type=int, default=2000, help="chats of stage 4 about scenes")
+    parser.add_argument("--question_easy_vqa", type=int, default=200, help="chats of stage 4 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
