@@ -69,6 +69,30 @@ def test_rows_end_at_their_own_end_token(golden, model):  # noqa: F811
     assert set(ids[0].tolist()[first + 1 :]) <= {0}
 
 
+def test_a_row_whose_neighbours_have_ended_goes_on_as_if_alone(golden, model):  # noqa: F811
+    """Rows of a batch end one after another, and with them their part of the cache; padding and penalty stay right."""
+    prompts = [golden["short"][0][cut:].tolist() for cut in (0, 1, 2, 3)]
+    common = dict(max_new_tokens=40, repetition_penalty=1.1, pad_token_id=1)
+
+    def alone(prompt, ends):
+        return model.generate(paddle.to_tensor([prompt]), eos_token_id=ends, **common)
+
+    free = [alone(prompt, [])[0].tolist()[0] for prompt in prompts]
+    # end tokens at which the rows stop at different lengths, the longest late
+    ends = [free[0][1], free[1][4], free[2][9]]
+    expected = [alone(prompt, ends) for prompt in prompts]
+    lengths = [ids.shape[1] for ids, _ in expected]
+    assert sorted(lengths)[1] < 12 and max(lengths) > sorted(lengths)[2], lengths
+    longest = max(map(len, prompts))
+    padded = paddle.to_tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = paddle.to_tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids, scores = model.generate(padded, mask, eos_token_id=ends, **common)
+    for row, (wanted, score) in enumerate(expected):
+        wanted = wanted.tolist()[0]
+        assert ids[row].tolist() == wanted + [1] * (max(lengths) - len(wanted))
+        np.testing.assert_allclose(scores[row].item(), score.item(), atol=1e-4)
+
+
 def test_repetition_penalty_leaves_placeholders_out():
     scores = penalise_repetition(np.array([[2.0, -2.0, 4.0]]), [[0, 1, -200]], 2.0)
     assert scores.tolist() == [[1.0, -4.0, 4.0]]

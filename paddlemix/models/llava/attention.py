@@ -57,6 +57,7 @@ class AttentionMask:
         self.causal, self.bias, self.segment_ids = causal, bias, segment_ids
         self._firsts = None if segment_ids is None else _segment_starts(segment_ids.numpy())
         self._blocks, self._biases, self._kept = {}, {}, 0
+        self._corner = None  # what a causal pass alone forbids, in the full shape of the largest block's scores
 
     def blocks(self, queries: int, keys: int) -> List[Block]:
         """What the queries are cut into."""
@@ -82,14 +83,32 @@ class AttentionMask:
     def of_block(self, block: Block, queries: int, keys: int, batch: int, heads: int, dtype) -> Optional[paddle.Tensor]:
         """Additive bias of a block, broadcastable to [B, H, T', S']; None where everything is seen."""
         key = (*block, batch, heads)
-        if key not in self._biases:
-            bias = self._compute(*block, queries, dtype)
-            if bias is not None and on_cpu() and self._kept + batch * heads * bias[0, 0].size <= KEPT:
-                # adding in full shape is ten to fifty times faster there
-                bias = bias.tile([batch // bias.shape[0], heads // bias.shape[1], 1, 1])
-                self._kept += bias.size
-            self._biases[key] = bias
-        return self._biases[key]
+        if key in self._biases:
+            return self._biases[key]
+        size = batch * heads * (block[1] - block[0]) * (block[3] - block[2])
+        if on_cpu() and self._kept + size > KEPT and self._only_future(*block) and queries > 1:
+            return self._future(block, queries, keys, batch, heads, dtype)
+        bias = self._compute(*block, queries, dtype)
+        if bias is not None and on_cpu() and self._kept + size <= KEPT:
+            # adding in full shape is ten to fifty times faster there
+            bias = bias.tile([batch // bias.shape[0], heads // bias.shape[1], 1, 1])
+            self._kept += size
+        self._biases[key] = bias
+        return bias
+
+    def _only_future(self, start, stop, low, seen) -> bool:
+        """Whether nothing is hidden in a block but what comes later."""
+        return self.causal and self.bias is None and not self._mixes(start, stop, low)
+
+    def _future(self, block, queries, keys, batch, heads, dtype):
+        """Its bias in full shape: the lower right corner of the largest block's, as the last query sees the last key in each."""
+        start, stop, low, seen = block
+        if self._corner is None:
+            blocks = self.blocks(queries, keys)
+            rows, columns = max(b[1] - b[0] for b in blocks), max(b[3] - b[2] for b in blocks)
+            self._corner = causal_bias(rows, columns, dtype).unsqueeze([0, 1]).tile([batch, heads, 1, 1])
+        rows, columns = self._corner.shape[2:]
+        return self._corner[:, :, rows - (stop - start) :, columns - (seen - low) :]
 
     def dense(self, dtype) -> Optional[paddle.Tensor]:
         """All that bias and segments forbid, broadcastable to [B, 1, T, S]."""
@@ -105,12 +124,16 @@ class AttentionMask:
         same = ids[:, start:stop].unsqueeze(2) == ids[:, low:seen].unsqueeze(1)
         return ((1 - same.astype(dtype)) * masked_score(dtype)).unsqueeze(1)
 
+    def _mixes(self, start, stop, low) -> bool:
+        """Whether some keys of a block belong to other segments than some of its queries."""
+        return self._firsts is not None and (len(self._firsts) > 1 or bool(low < self._firsts[:, start:stop].max()))
+
     def _compute(self, start, stop, low, seen, queries, dtype):
         parts = []
         if self.bias is not None:
             rows = self.bias if self.bias.shape[-2] == 1 else self.bias[..., start:stop, :]
             parts.append(rows[..., low:seen])
-        if self._firsts is not None and (len(self._firsts) > 1 or low < self._firsts[:, start:stop].max()):
+        if self._mixes(start, stop, low):
             parts.append(self._apart(start, stop, low, seen, dtype))
         if self.causal and queries > 1:
             parts.append(causal_bias(stop - start, seen - low, dtype).unsqueeze([0, 1]))
@@ -176,9 +199,21 @@ def _scored_blocks(query, key, mask):
         scores = paddle.matmul(part, _between(key, low, seen), transpose_y=True)
         bias = mask.of_block(block, queries, keys, batch, heads, scores.dtype)
         if bias is not None:
-            shape = scores.shape
-            scores = (scores.reshape([batch, heads, stop - start, seen - low]) + bias).reshape(shape)
-        yield block, part, F.softmax(scores, axis=-1)
+            scores = _add(scores.reshape([batch, heads, stop - start, seen - low]), bias).reshape(scores.shape)
+        yield block, part, _softmax(scores)
+
+
+def _in_place() -> bool:
+    """Whether scores are overwritten: fresh memory of their size costs a third of the operation on a CPU."""
+    return on_cpu() and paddle.in_dynamic_mode()
+
+
+def _add(scores, bias):
+    return scores.add_(bias) if _in_place() else scores + bias
+
+
+def _softmax(scores):
+    return F.softmax_(scores, axis=-1) if _in_place() else F.softmax(scores, axis=-1)
 
 
 class _LeanAttention(PyLayer):

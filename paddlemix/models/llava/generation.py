@@ -173,7 +173,8 @@ def decode_steps(
     """Yields ids [B] and log-probabilities [B] of one step after another; rows that have ended get the pad id.
 
     Args:
-        cache: holds the prompt; every token but the last one yielded is in it when the consumer gets the next.
+        cache: holds the prompt; every token but the last one yielded is in it when the consumer gets the next. Once half of
+            its rows have ended it forgets them, so that one long answer doesn't cost as much as a batch of them.
         logits: [B, V] after the prompt.
         prompt_ids: of each row, for the repetition penalty.
 
@@ -181,17 +182,24 @@ def decode_steps(
     """
     settings = sampler.settings
     seen = [list(ids) for ids in prompt_ids]
+    held = np.arange(len(seen))  # the rows that are in the cache
     ended = np.zeros(len(seen), dtype=bool)
     for step in range(max_new_tokens):
-        ids, log_probs = sampler(logits, seen, step)
-        ids = np.where(ended, settings.pad_token_id, ids)
-        yield ids, np.where(ended, 0.0, log_probs)
+        ids, log_probs = np.full(len(seen), settings.pad_token_id), np.zeros(len(seen))
+        chosen, chances = sampler(logits, [seen[row] for row in held], step)
+        ids[held] = np.where(ended[held], settings.pad_token_id, chosen)
+        log_probs[held] = np.where(ended[held], 0.0, chances)
+        yield ids, log_probs
         ended |= np.isin(ids, settings.eos_token_ids)
         if ended.all() or step + 1 == max_new_tokens:
             return
-        for row, token in zip(seen, ids):
-            row.append(int(token))
-        logits = model.step(paddle.to_tensor(ids.reshape([-1, 1]), dtype="int64"), cache)
+        for row in held:
+            seen[row].append(int(ids[row]))
+        going = np.flatnonzero(~ended[held])
+        if 2 * len(going) <= len(held):
+            cache.reorder(paddle.to_tensor(going))
+            held = held[going]
+        logits = model.step(paddle.to_tensor(ids[held].reshape([-1, 1]), dtype="int64"), cache)
 
 
 def beam_search(

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -292,7 +293,10 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         training = self.training
         self.eval()
         try:
-            prompts = [ids[ids >= 0].tolist() for ids in input_ids.numpy()]
+            # padding is no part of a prompt, so no token of it is penalised as a repetition
+            rows = input_ids.numpy()
+            counted = np.ones_like(rows) if attention_mask is None else attention_mask.numpy()
+            prompts = [ids[(ids >= 0) & (counts != 0)].tolist() for ids, counts in zip(rows, counted)]
             draws = settings.num_return_sequences if settings.decode_strategy == "sampling" else 1
             features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
             inputs_embeds = self.embed(input_ids, features)
