@@ -41,6 +41,11 @@ def load(folder):
     return {"seconds": seconds, "peak_mb": protocol.peak_mb(), "weights_mb": weights}
 
 
+def save(folder):
+    model.save_pretrained(folder)
+    return {}
+
+
 @paddle.no_grad()
 def chat(turns):
     """As LlavaChat works: the picture is encoded once, a turn reads what is new."""
@@ -91,4 +96,4 @@ def batch(size):
 
 
 if __name__ == "__main__":
-    protocol.serve({"load": load, "chat": chat, "decode": decode, "batch": batch})
+    protocol.serve({"load": load, "save": save, "chat": chat, "decode": decode, "batch": batch})

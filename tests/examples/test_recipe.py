@@ -144,7 +144,16 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
 
     easy = easy_vqa_data.find_easy_vqa()
     for name in ("a", "b"):
-        data.write_data(tmp_path / name, easy, align_rows=3, instruct_scenes=4, instruct_easy=3, question_scenes=4, question_easy=2, seed=1)
+        data.write_data(
+            tmp_path / name,
+            easy,
+            align_rows=3,
+            instruct_scenes=4,
+            instruct_easy=3,
+            question_scenes=4,
+            question_easy=2,
+            seed=1,
+        )
     for file in (
         "align.json",
         "instruct.json",

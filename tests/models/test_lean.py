@@ -67,13 +67,14 @@ def test_rotation(rows):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("block", [4, 5, 64])
 @pytest.mark.parametrize("kept", [0, 1 << 24])
-def test_attention_in_blocks(monkeypatch, groups, block, kept):
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_in_blocks(monkeypatch, groups, block, kept, padded):
     """Blocks of queries, and masks in full shape or not, change nothing; earlier keys and padding count."""
     monkeypatch.setattr(attention, "BLOCK", block)
     monkeypatch.setattr(attention, "KEPT", kept)
     query, key, value = tensor(2, 4, 11, 8), tensor(2, groups, 14, 8, seed=1), tensor(2, groups, 14, 8, seed=2)
     padding = np.zeros((2, 1, 1, 14), "float32")
-    padding[1, ..., :3] = -1e9
+    padding[1, ..., :3] = -1e9 if padded else 0
     bias = paddle.to_tensor(padding)
 
     def formula(query, key, value):
@@ -82,7 +83,8 @@ def test_attention_in_blocks(monkeypatch, groups, block, kept):
         return paddle.matmul(F.softmax(scores, axis=-1), values)
 
     def ours(query, key, value):
-        return attention.attend(query, key, value, mask=attention.AttentionMask(causal=True, bias=bias))
+        mask = attention.AttentionMask(causal=True, bias=bias if padded else None)
+        return attention.attend(query, key, value, mask=mask)
 
     check(ours, formula, query, key, value)
 

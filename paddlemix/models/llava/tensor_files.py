@@ -69,7 +69,7 @@ _SAFETENSORS_NAMES = {name: code for code, name in _SAFETENSORS_DTYPES.items()}
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _CHUNK_BYTES = 2 << 20  # one piece of a tensor while it is converted
-_TILE_ROWS = 64  # rows that are transposed together: 64 float32 fill four cache lines, measured twice as fast as all rows at once
+_CACHE_LINE = 64  # bytes; so much of each row is written at once where a tensor is transposed
 _MAP_BYTES = (
     1 << 20
 )  # tensors from this size on, in files from the next on, are mapped where they can be used as they lie
@@ -299,7 +299,8 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
     stored = numpy_dtype(tensor.dtype)
     if transpose:
         rows, columns = tensor.shape
-        step = max(_TILE_ROWS, _CHUNK_BYTES // max(1, columns * stored.itemsize) // _TILE_ROWS * _TILE_ROWS)
+        tile = _CACHE_LINE // out.itemsize
+        step = max(tile, _CHUNK_BYTES // max(1, columns * stored.itemsize) // tile * tile)
         for start in range(0, rows, step):
             count = min(step, rows - start)
             piece = _buffer(stored, count * columns)
@@ -307,8 +308,8 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
             piece = piece.reshape(count, columns)
             if tensor.dtype != dtype:
                 piece = convert(piece, tensor.dtype, dtype)
-            for row in range(0, count, _TILE_ROWS):
-                out[:, start + row : start + row + _TILE_ROWS] = piece[row : row + _TILE_ROWS].T
+            for row in range(0, count, tile):
+                out[:, start + row : start + row + tile] = piece[row : row + tile].T
         return
     flat = out.reshape(-1)
     if tensor.dtype == dtype:

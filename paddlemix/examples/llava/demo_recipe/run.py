@@ -136,9 +136,7 @@ class Recipe:
         data = ["questions.json", "text.json"]
         self._finetune("stage4", "stage4_questions.json", self.out / "stage2", data, self.out / "stage3")
 
-    def _finetune(
-        self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None
-    ) -> None:
+    def _finetune(self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
