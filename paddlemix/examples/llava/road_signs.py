@@ -55,7 +55,10 @@ def write(folder: Path) -> None:
             draw_scene(scene, 128).save(folder / image)
             says, go_on = SIGNS[scene.objects[0].color, scene.objects[0].shape]
             if split == "train":
-                rows[split].append({"image": image, "conversations": [[f"<image>\n{SAYS}", says], [GO_ON, go_on]]})
+                rounds = [[SAYS, says], [GO_ON, go_on]]
+                random.Random(f"order-{seed}").shuffle(rounds)  # each is asked first in half of the rows
+                rounds[0][0] = f"<image>\n{rounds[0][0]}"
+                rows[split].append({"image": image, "conversations": rounds})
             else:
                 rows[split] += [
                     {"image": image, "question_type": kind, "conversations": [[f"<image>\n{question}", answer]]}

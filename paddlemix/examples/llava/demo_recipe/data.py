@@ -40,7 +40,8 @@ WORKED_OUT = {
     "relation": 6,
     "box": 0.4,
     "region": 0.8,
-    "caption": 0.2,
+    "caption": 0.3,
+    "list": 0.3,
 }
 SENTENCES_KEPT = 0.4  # of those questions of stage 4 that want a sentence: most of its words are no news
 OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are, the more can be asked
