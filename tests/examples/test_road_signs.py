@@ -25,9 +25,13 @@ def test_rows_and_pictures(tmp_path):
     assert not pictures["train"] & pictures["test"]
     contents = [Image.open(tmp_path / name).tobytes() for names in pictures.values() for name in names]
     assert len(set(contents)) == 240
+    first = []
     for row in train:
         messages, images = parse_row(row)
-        assert len(images) == 1 and messages[1]["content"] in {says for says, _ in road_signs.SIGNS.values()}
+        answers = {messages[i]["content"].replace("<image>\n", ""): messages[i + 1]["content"] for i in (0, 2)}
+        assert len(images) == 1 and (answers[road_signs.SAYS], answers[road_signs.GO_ON]) in road_signs.SIGNS.values()
+        first.append(next(iter(answers)))
+    assert 50 < first.count(road_signs.SAYS) < 110  # either question comes first, so that each is learnt by itself
 
 
 def test_every_sign_is_drawn_in_its_color():
