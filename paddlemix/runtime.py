@@ -28,6 +28,8 @@ def prepare_cpu() -> List[str]:
     - ``FLAGS_paddle_num_threads`` and ``MKL_NUM_THREADS``: the cores that this process may use. Without them Paddle
       computes with one thread. ``OPENBLAS_NUM_THREADS`` says the same for the steps that NumPy takes; it counts
       if NumPy isn't imported yet.
+    - ``OPENBLAS_THREAD_TIMEOUT=20``: NumPy's threads wait for 2^20 cycles before they sleep, not 2^26, which would take a
+      core from Paddle's for the first twenty milliseconds of each turn of a chat.
     - ``MKL_DEBUG_CPU_TYPE=5``, on AMD processors only: the MKL in Paddle's wheel otherwise takes a path of SSE
       instructions there.
     - ``FLAGS_use_stride_kernel=0``, where there is no NVIDIA device: with views of any stride, which Paddle makes by
@@ -48,6 +50,8 @@ def prepare_cpu() -> List[str]:
         wanted["OPENBLAS_NUM_THREADS"] = threads
     if _user_chose_threads():
         wanted = {}
+    if "numpy" not in sys.modules:
+        wanted["OPENBLAS_THREAD_TIMEOUT"] = "20"
     if _cpu_vendor() == "AuthenticAMD":
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"
     if not NVIDIA_DRIVER.exists():

@@ -12,11 +12,13 @@ from paddlemix import runtime
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+SHORT_WAIT = "OPENBLAS_THREAD_TIMEOUT=20"  # numpy's threads leave the cores to Paddle's
 NAMES = (
     "FLAGS_paddle_num_threads",
     "FLAGS_use_stride_kernel",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
+    "OPENBLAS_THREAD_TIMEOUT",
     "MKL_DEBUG_CPU_TYPE",
     "OMP_NUM_THREADS",
     "PADDLE_LOCAL_SIZE",
@@ -59,7 +61,8 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_threads_are_set(machine):
-    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
+    threads = ["FLAGS_paddle_num_threads=8", "MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
+    assert runtime.prepare_cpu() == [*threads, SHORT_WAIT]
     assert os.environ["FLAGS_paddle_num_threads"] == os.environ["MKL_NUM_THREADS"] == "8"
 
 
@@ -90,19 +93,20 @@ def test_what_the_user_has_set_stays(machine, monkeypatch):
     machine(vendor="AuthenticAMD")
     monkeypatch.setenv("FLAGS_paddle_num_threads", "3")
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
-    assert runtime.prepare_cpu() == ["MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8"]
+    assert runtime.prepare_cpu() == ["MKL_NUM_THREADS=8", "OPENBLAS_NUM_THREADS=8", SHORT_WAIT]
     assert (os.environ["FLAGS_paddle_num_threads"], os.environ["MKL_DEBUG_CPU_TYPE"]) == ("3", "4")
 
 
 def test_omp_threads_of_the_user_rule(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert runtime.prepare_cpu() == []
+    assert runtime.prepare_cpu() == [SHORT_WAIT]
 
 
 def test_ranks_of_one_machine_share_its_cores(machine, monkeypatch):
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the launcher has imported paddle, which wrote that
-    assert runtime.prepare_cpu() == ["FLAGS_paddle_num_threads=2", "MKL_NUM_THREADS=2", "OPENBLAS_NUM_THREADS=2"]
+    threads = ["FLAGS_paddle_num_threads=2", "MKL_NUM_THREADS=2", "OPENBLAS_NUM_THREADS=2"]
+    assert runtime.prepare_cpu() == [*threads, SHORT_WAIT]
 
 
 @pytest.mark.parametrize(("limit", "threads"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1)])
