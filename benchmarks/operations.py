@@ -2,9 +2,9 @@
 
     python benchmarks/operations.py
 
-Prints three Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
-SmolLM2-135M; all products with weights of one decoding step there, by Paddle and by NumPy; and the parts of a layer of the
-ViT-L/14-336 tower.
+Prints four Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
+SmolLM2-135M; operations of the last block of a layer's attention that reads 2048; all products with weights of one decoding
+step there, by Paddle and by NumPy; and the parts of a layer of the ViT-L/14-336 tower.
 """
 
 import statistics
@@ -22,7 +22,8 @@ import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 
-from paddlemix.models.llava.attention import attend  # noqa: E402
+from paddlemix.models.llava.attention import BLOCK, attend  # noqa: E402
+from paddlemix.models.llava.tensor_files import empty  # noqa: E402
 from paddlemix.models.llava.vision_tower import quick_gelu  # noqa: E402
 
 ROWS, TOKENS, WIDTH, HEADS, MLP = 4, 256, 576, 9, 1536
@@ -75,12 +76,35 @@ def of_a_layer():
     return rows
 
 
+def of_a_long_prefill():
+    """The scores of the last 128 of 2048 queries, and what is done to them."""
+    scores, key = paddle.randn([1, HEADS, BLOCK, 2048]), paddle.randn([1, HEADS, 2048, WIDTH // HEADS])
+    query, mask = paddle.randn([1, HEADS, BLOCK, WIDTH // HEADS]), paddle.randn([1, 1, BLOCK, 2048])
+    whole_mask = mask.tile([1, HEADS, 1, 1])
+    return [
+        ("product of queries and keys", milliseconds(lambda: paddle.matmul(query, key, transpose_y=True))),
+        ("plus a mask, broadcast", milliseconds(lambda: scores + mask)),
+        ("plus a mask in full shape", milliseconds(lambda: scores + whole_mask)),
+        ("the same, overwriting the scores", milliseconds(lambda: scores.add_(whole_mask))),
+        ("softmax", milliseconds(lambda: F.softmax(scores, axis=-1))),
+        ("softmax, overwriting the scores", milliseconds(lambda: F.softmax_(scores, axis=-1))),
+    ]
+
+
 def of_a_step():
     """All products of a step: 30 layers and the head, whose weights together don't fit into a cache."""
     sizes = [(WIDTH, WIDTH), (WIDTH, KEYS), (WIDTH, KEYS), (WIDTH, WIDTH), (WIDTH, MLP), (WIDTH, MLP), (MLP, WIDTH)]
     random = np.random.default_rng(0)
-    layers = [[random.standard_normal(size, np.float32) for size in sizes] for _ in range(LAYERS)]
-    head = random.standard_normal((VOCABULARY, WIDTH), np.float32)
+
+    def drawn(*shape):
+        """A weight that lies in memory as a model's do."""
+        values = empty(shape, "float32")
+        random.standard_normal(out=values, dtype=np.float32)
+        return values
+
+    layers = [[drawn(*size) for size in sizes] for _ in range(LAYERS)]
+    head = drawn(VOCABULARY, WIDTH)
+    narrow, turned = [layer[-1] for layer in layers], [drawn(WIDTH, MLP) for _ in range(LAYERS)]
     tensors = [[paddle.to_tensor(weight) for weight in layer] for layer in layers]
     head_tensor = paddle.to_tensor(head)
 
@@ -96,6 +120,11 @@ def of_a_step():
     vectors = {width: random.standard_normal(width, np.float32) for width in (WIDTH, MLP)}
     rows = [
         ("the layers' products with one row, NumPy", milliseconds(lambda: by_numpy(vectors))),
+        (
+            f"of these, the {LAYERS} with [{MLP}, {WIDTH}]",
+            milliseconds(lambda: [vectors[MLP] @ each for each in narrow]),
+        ),
+        ("the same weights turned", milliseconds(lambda: [each @ vectors[MLP] for each in turned])),
         ("the product with the embeddings, NumPy", milliseconds(lambda: head @ vectors[WIDTH])),
     ]
     for count in (1, 2, 8):
@@ -126,6 +155,7 @@ def of_a_tower_layer():
 def main():
     for title, measure in (
         ("a layer, 4 x 256 tokens", of_a_layer),
+        ("the last block of attention, 2048 tokens", of_a_long_prefill),
         ("a decoding step", of_a_step),
         ("a layer of the tower", of_a_tower_layer),
     ):

@@ -45,12 +45,9 @@ def prepare_cpu() -> List[str]:
         logger.warning("prepare_cpu() changes nothing, since paddle is already imported; call it before.")
         return []
     threads = str(_threads())
-    wanted = {"FLAGS_paddle_num_threads": threads, "MKL_NUM_THREADS": threads}
-    if "numpy" not in sys.modules:  # whose BLAS has read it by then
-        wanted["OPENBLAS_NUM_THREADS"] = threads
-    if _user_chose_threads():
-        wanted = {}
-    if "numpy" not in sys.modules:
+    wanted = {} if _user_chose_threads() else {"FLAGS_paddle_num_threads": threads, "MKL_NUM_THREADS": threads}
+    if "numpy" not in sys.modules:  # whose BLAS has read these by then
+        wanted.update({"OPENBLAS_NUM_THREADS": threads} if wanted else {})
         wanted["OPENBLAS_THREAD_TIMEOUT"] = "20"
     if _cpu_vendor() == "AuthenticAMD":
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"

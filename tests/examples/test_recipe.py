@@ -134,9 +134,40 @@ def test_a_chat_asks_nothing_twice_and_gives_no_box_away():
         assert len(flat) == len(set(flat))
 
 
+def test_no_round_answers_another():
+    """A relation is asked once for two objects and an axis, whichever is named first; any other fact in one form only."""
+    relations = facts = 0
+    for seed in SEEDS:
+        chat = questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), data.WORKED_OUT)
+        pairs = []
+        for made in chat:
+            if made.kind == "relation":
+                asked = made.question.split(" Answer")[0]
+                a, relation, b = re.fullmatch(r"Is the (\w+ \w+) (.+) the (\w+ \w+)\?", asked).groups()
+                pairs.append((frozenset((a, b)), "left" in relation or "right" in relation))
+        assert len(set(pairs)) == len(pairs)
+        positions = [
+            re.search(r"(?:is the|picture is the) (\w+ \w+)", m.question)[1] for m in chat if m.kind == "position"
+        ]
+        assert len(set(positions)) == len(positions)
+        relations, facts = relations + len(pairs), facts + len(positions)
+    assert relations > 100 and facts > 50
+
+
+def test_most_chats_count_before_they_name_an_object():
+    later = 0
+    for seed in SEEDS:
+        kinds = [
+            m.kind for m in questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), data.WORKED_OUT)
+        ]
+        rest = [kind for kind in kinds if kind not in ("caption", "list")]
+        later += rest == sorted(rest, key=lambda kind: {"count": 0, "exist": 1}.get(kind, 2))
+    assert 0.5 < later / len(SEEDS) < 0.9
+
+
 def test_every_kind_of_question_is_asked():
     kinds = {m.kind for s in SEEDS for m in questions.conversation(scenes.make_scene(s), 12, random.Random(s))}
-    assert kinds == set(questions.QUESTION_TYPES) == set(data.KINDS)
+    assert kinds == set(questions.QUESTION_TYPES) == set(data.KINDS) == set(data.WORKED_OUT)
 
 
 def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
@@ -157,6 +188,7 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
     for file in (
         "align.json",
         "instruct.json",
+        "questions.json",
         "scenes_test.json",
         "scenes_test_zh.json",
         "easy_vqa_test.json",
@@ -166,8 +198,9 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
             messages, images = parse_row(row)
             assert len(images) == 1 and (tmp_path / "a" / images[0]).is_file() and messages
     assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673
-    trained = (tmp_path / "a" / "instruct.json").read_text()
-    assert "test/images" not in trained and "train/images" in trained
+    for file in ("instruct.json", "questions.json"):
+        trained = (tmp_path / "a" / file).read_text()
+        assert "test/images" not in trained and "train/images" in trained
 
 
 def test_labels_of_easy_vqa_follow_from_its_questions():

@@ -57,7 +57,7 @@ class AttentionMask:
         self.causal, self.bias, self.segment_ids = causal, bias, segment_ids
         self._firsts = None if segment_ids is None else _segment_starts(segment_ids.numpy())
         self._blocks, self._biases, self._kept = {}, {}, 0
-        self._corner = None  # what a causal pass alone forbids, in the full shape of the largest block's scores
+        self._corners = {}  # what a causal pass alone forbids, in the full shape of the largest block's scores
 
     def blocks(self, queries: int, keys: int) -> List[Block]:
         """What the queries are cut into."""
@@ -103,12 +103,13 @@ class AttentionMask:
     def _future(self, block, queries, keys, batch, heads, dtype):
         """Its bias in full shape: the lower right corner of the largest block's, as the last query sees the last key in each."""
         start, stop, low, seen = block
-        if self._corner is None:
+        key = (queries, keys, batch, heads)
+        if key not in self._corners:
             blocks = self.blocks(queries, keys)
             rows, columns = max(b[1] - b[0] for b in blocks), max(b[3] - b[2] for b in blocks)
-            self._corner = causal_bias(rows, columns, dtype).unsqueeze([0, 1]).tile([batch, heads, 1, 1])
-        rows, columns = self._corner.shape[2:]
-        return self._corner[:, :, rows - (stop - start) :, columns - (seen - low) :]
+            self._corners[key] = causal_bias(rows, columns, dtype).unsqueeze([0, 1]).tile([batch, heads, 1, 1])
+        rows, columns = self._corners[key].shape[2:]
+        return self._corners[key][:, :, rows - (stop - start) :, columns - (seen - low) :]
 
     def dense(self, dtype) -> Optional[paddle.Tensor]:
         """All that bias and segments forbid, broadcastable to [B, 1, T, S]."""

@@ -30,9 +30,9 @@ from paddlemix.models.llava.tensor_files import (
     StoredTensor,
     TensorSpec,
     convert,
+    empty,
     fill,
     find_weights,
-    numpy_dtype,
     open_tensor_file,
     open_weights,
     read_json,
@@ -64,7 +64,6 @@ LORA_WEIGHTS = ("lora_model_state.safetensors", "lora_model_state.pdparams")
 NON_LORA_WEIGHTS = "non_lora_state.safetensors"
 
 _WORKERS = min(4, os.cpu_count() or 1)
-_ALIGNMENT = 64  # bytes; what vector instructions and Paddle's own allocator use
 
 
 @dataclass(frozen=True)
@@ -301,15 +300,6 @@ def assign(parameter: paddle.Tensor, values: np.ndarray) -> None:
     parameter.get_tensor().set(values, place, place.is_cpu_place())
 
 
-def _empty(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
-    """Memory for a parameter, aligned."""
-    kind = numpy_dtype(dtype)
-    nbytes = TensorSpec(dtype, tuple(shape)).nbytes
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(kind).reshape(shape)
-
-
 def _dtype_of(parameter: paddle.Tensor) -> str:
     return str(parameter.dtype).replace("paddle.", "")
 
@@ -324,7 +314,7 @@ def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Sourc
 
     def load(name: str) -> np.ndarray:
         parameter, source = parameters[name], sources[name]
-        values = _empty(tuple(parameter.shape), _dtype_of(parameter))
+        values = empty(tuple(parameter.shape), _dtype_of(parameter))
         fill(values, _dtype_of(parameter), source.tensor, source.transpose)
         return values
 
@@ -390,7 +380,7 @@ def _draw(parameter: paddle.Tensor, name: str, deviation: float) -> None:
     random = np.random.default_rng([ord(letter) for letter in name])
     shape = tuple(parameter.shape)
     drawn = np.zeros(shape) if name.endswith(".bias") else random.normal(0.0, deviation, shape)
-    values = _empty(shape, _dtype_of(parameter))
+    values = empty(shape, _dtype_of(parameter))
     convert(drawn.astype(np.float32), "float32", _dtype_of(parameter), out=values)
     assign(parameter, values)
 
@@ -533,7 +523,7 @@ def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:
         product *= np.float32(scaling)
         dtype = _dtype_of(parameters[name])
         product += convert(read_values(parameters[name]), dtype, "float32")
-        values = _empty(product.shape, dtype)
+        values = empty(product.shape, dtype)
         convert(product, "float32", dtype, out=values)
         assign(parameters[name], values)
 

@@ -17,8 +17,6 @@ from paddlemix.models.llava.lean import on_cpu
 
 __all__ = ["HostSteps"]
 
-_CACHE_LINE = 64  # bytes
-
 
 def _view(tensor: paddle.Tensor) -> np.ndarray:
     """The memory of a float32 tensor on the host, of which the caller must keep hold."""
@@ -26,57 +24,15 @@ def _view(tensor: paddle.Tensor) -> np.ndarray:
     return np.frombuffer(numbers, np.float32).reshape(tensor.shape)
 
 
-def _aligned(shape: Tuple[int, ...]) -> np.ndarray:
-    """Fresh float32 memory that begins at a cache line; OpenBLAS takes up to twice as long where it doesn't."""
-    raw = np.empty(4 * int(np.prod(shape)) + _CACHE_LINE, np.uint8)
-    start = -raw.ctypes.data % _CACHE_LINE
-    return raw[start : start + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
-
-
-class _Turned:
-    """Copies of narrow weights with their axes swapped.
-
-    For fewer than a thousand outputs OpenBLAS reads a weight [in, out] with one thread, [out, in] with all: 223 and 117
-    microseconds for [1536, 576] on two cores. Wide weights, which all of a large model's are, stay where Paddle has them.
-    """
-
-    OUTPUTS = 1024
-
-    def __init__(self):
-        self._copied: List[Tuple[np.ndarray, np.ndarray]] = []
-
-    def view(self, tensor: paddle.Tensor) -> np.ndarray:
-        """A weight [in, out] in the order of axes that is read faster."""
-        weight = _view(tensor)
-        if not weight.shape[1] < min(self.OUTPUTS, weight.shape[0]):
-            return weight
-        turned = _aligned(weight.shape[::-1])
-        turned[...] = weight.T
-        self._copied.append((weight, self._print(weight)))
-        return turned.T
-
-    def up_to_date(self) -> bool:
-        """Whether the weights still hold the numbers that were copied."""
-        return all(np.array_equal(self._print(weight), made) for weight, made in self._copied)
-
-    @staticmethod
-    def _print(weight: np.ndarray) -> np.ndarray:
-        """A random mixture of the rows, which any change of a number changes; it takes one reading of the weight."""
-        return np.random.default_rng(0).standard_normal(len(weight), np.float32) @ weight
-
-
 class _Layer:
-    """The weights of a layer, each [in, out], in the memory in which Paddle has them or turned."""
+    """The weights of a layer, each [in, out], in the memory in which Paddle has them."""
 
-    def __init__(self, layer: nn.Layer, turned: _Turned):
+    def __init__(self, layer: nn.Layer):
         attention, mlp = layer.self_attn, layer.mlp
         self.query, self.key, self.value, self.out = (
-            turned.view(each.weight)
-            for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            _view(each.weight) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         )
-        self.gate, self.up, self.down = (
-            turned.view(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        self.gate, self.up, self.down = (_view(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.before_attention = _view(layer.input_layernorm.weight)
         self.before_mlp = _view(layer.post_attention_layernorm.weight)
 
@@ -92,8 +48,7 @@ class HostSteps:
         self._tensors = _tensors(model)  # holds what the views look at
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._hooks = _hooks(model)
-        self._turned = _Turned()
-        self.layers = [_Layer(layer, self._turned) for layer in decoder.layers]
+        self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = _view(decoder.embed_tokens.weight), _view(decoder.norm.weight)
         self.head = None if config.tie_word_embeddings else _view(model.lm_head.weight)
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -126,9 +81,8 @@ class HostSteps:
         return [tensor.data_ptr() for tensor in self._tensors] == self._places
 
     def _holds(self, model: Any) -> bool:
-        """Whether they are still the model's, and hold what they held."""
-        same = self._in_place() and all(ours is its for ours, its in zip(self._tensors, _tensors(model)))
-        return same and self._turned.up_to_date()
+        """Whether they are still the model's."""
+        return self._in_place() and all(ours is its for ours, its in zip(self._tensors, _tensors(model)))
 
     def __call__(self, model: Any, token: int, cache: KVCache) -> np.ndarray:
         """Reads a token into the cache; logits [V] after it."""

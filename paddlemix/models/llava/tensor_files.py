@@ -28,6 +28,7 @@ __all__ = [
     "StridedTensor",
     "TensorSpec",
     "convert",
+    "empty",
     "fill",
     "find_weights",
     "numpy_dtype",
@@ -69,7 +70,9 @@ _SAFETENSORS_NAMES = {name: code for code, name in _SAFETENSORS_DTYPES.items()}
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _CHUNK_BYTES = 2 << 20  # one piece of a tensor while it is converted
-_CACHE_LINE = 64  # bytes; so much of each row is written at once where a tensor is transposed
+# bytes; memory begins at one, as vector instructions and Paddle's own allocator have it, and so much of each row is written
+# at once where a tensor is transposed
+_CACHE_LINE = 64
 _MAP_BYTES = (
     1 << 20
 )  # tensors from this size on, in files from the next on, are mapped where they can be used as they lie
@@ -287,6 +290,14 @@ def _buffer(dtype: np.dtype, size: int) -> np.ndarray:
     if dtype not in buffers or buffers[dtype].size < size:
         buffers[dtype] = np.empty(max(size, _CHUNK_BYTES // dtype.itemsize), dtype)
     return buffers[dtype][:size]
+
+
+def empty(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
+    """Fresh memory that begins at a cache line; products take up to twice as long where a matrix doesn't."""
+    nbytes = TensorSpec(dtype, tuple(shape)).nbytes
+    raw = np.empty(nbytes + _CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
+    return raw[start : start + nbytes].view(numpy_dtype(dtype)).reshape(shape)
 
 
 def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = False) -> None:

@@ -9,7 +9,7 @@ from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
 from paddlemix.examples.llava.demo_recipe.languages import CHINESE, ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
 
-__all__ = ["KINDS", "write_data", "write_rows", "write_test_scenes"]
+__all__ = ["KINDS", "WORKED_OUT", "write_data", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
 ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED = 500_000_000, 600_000_000, 700_000_000
