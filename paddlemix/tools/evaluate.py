@@ -229,7 +229,10 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     if arguments.output_file and not Path(arguments.output_file).absolute().parent.is_dir():
         raise UserError(f"--output_file is {arguments.output_file}, in a folder that doesn't exist.")
     from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+    from paddlemix.models.llava.lean import on_cpu
 
+    if arguments.dtype == "float16" and on_cpu():
+        raise UserError("--dtype is float16, which Paddle doesn't have on CPU; use float32 or bfloat16.")
     model = LlavaLlamaForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
     processor = LlavaProcessor.from_pretrained(arguments.model_name_or_path)
     answers = predict(

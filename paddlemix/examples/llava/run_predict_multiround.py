@@ -119,7 +119,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
             parser.error(f"--device is {args.device!r}, expected a name such as cpu, gpu or gpu:1")
         if args.device.partition(":")[0] == "cpu":
             args.device = "cpu"
-            refuse_half_on_cpu(args.dtype)
+            refuse_float16_on_cpu(args.dtype)
     if args.question is not None and not all(question.strip() for question in args.question):
         parser.error("--question is empty, expected some text")
     if not args.model_path.strip():
@@ -133,9 +133,11 @@ def default_model() -> str:
     return DEFAULT_MODEL
 
 
-def refuse_half_on_cpu(dtype: Optional[str]) -> None:
-    if dtype in ("float16", "bfloat16"):
-        raise UserError(f"Paddle has no {dtype} on CPU; leave --dtype and --fp16 out, or use --device gpu.")
+def refuse_float16_on_cpu(dtype: Optional[str]) -> None:
+    if dtype == "float16":
+        raise UserError(
+            "Paddle has no float16 on CPU; leave --dtype and --fp16 out, or use --dtype bfloat16 or --device gpu."
+        )
 
 
 # ---- loading ----
@@ -181,12 +183,17 @@ def choose_device(name: Optional[str]) -> str:
 
 
 def choose_dtype(name: Optional[str], device: str) -> str:
-    """The asked dtype, or the best of the device: bfloat16, float16 or float32."""
+    """The asked dtype, or the best of the device: bfloat16, float16 or float32; on a CPU float32, which is exact."""
     import paddle
 
     if device == "cpu":
-        refuse_half_on_cpu(name)
-        return "float32"
+        refuse_float16_on_cpu(name)
+        if name == "bfloat16":
+            from paddlemix.models.llava.onednn import have_bfloat16
+
+            if not have_bfloat16():
+                raise UserError("--dtype is bfloat16, which this CPU can't multiply; leave it out for float32.")
+        return name or "float32"
     supported = {"bfloat16": paddle.amp.is_bfloat16_supported, "float16": paddle.amp.is_float16_supported}
     if name is None:
         return next((dtype for dtype, check in supported.items() if check()), "float32")

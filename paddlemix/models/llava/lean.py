@@ -6,18 +6,37 @@ operation on full shapes), a mean over the last axis (a product with ones takes 
 which a tanh saves). Elsewhere Paddle's fused kernels are used where they have a gradient.
 """
 
+import ctypes
 from typing import Tuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
-__all__ = ["Rotation", "on_cpu", "rms_norm", "rotate", "swiglu", "turn"]
+__all__ = ["Rotation", "host_view", "on_cpu", "rms_norm", "rotate", "swiglu", "turn", "widened", "working_dtype"]
 
 
 def on_cpu() -> bool:
     return paddle.device.get_device() == "cpu"
+
+
+def working_dtype(weight: paddle.Tensor):
+    """What a layer of such weights computes in: float32 on a CPU, where bfloat16 is a way to hold weights only."""
+    return paddle.float32 if weight.dtype == paddle.bfloat16 and on_cpu() else weight.dtype
+
+
+def widened(weight: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """A small weight, such as a norm's, in float32 where it is held in bfloat16 and meets ``x`` in float32."""
+    return weight.astype("float32") if weight.dtype == paddle.bfloat16 and x.dtype == paddle.float32 else weight
+
+
+def host_view(tensor: paddle.Tensor) -> np.ndarray:
+    """The memory of a tensor on the host, of which the caller must keep hold: float32, or bfloat16 as uint16."""
+    kind, dtype = (ctypes.c_uint16, np.uint16) if tensor.dtype == paddle.bfloat16 else (ctypes.c_float, np.float32)
+    numbers = (kind * tensor.size).from_address(tensor.data_ptr())
+    return np.frombuffer(numbers, dtype).reshape(tensor.shape)
 
 
 def _needs_gradient(*tensors: paddle.Tensor) -> bool:
@@ -29,6 +48,7 @@ def _needs_gradient(*tensors: paddle.Tensor) -> bool:
 
 def rms_norm(x: paddle.Tensor, weight: paddle.Tensor, epsilon: float) -> paddle.Tensor:
     """x [..., D] over the root of its mean square, times weight [D]; computed in float32 (Zhang & Sennrich, 2019)."""
+    weight = widened(weight, x)
     if _needs_gradient(x, weight):
         return _RMSNorm.apply(x, weight, epsilon)
     return _rms_norm(x, weight, epsilon)

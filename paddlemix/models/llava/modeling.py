@@ -21,7 +21,9 @@ from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.decoder import KVCache, LlamaDecoder
 from paddlemix.models.llava.generation import GenerationSettings, Sampler, beam_search, decode_steps
-from paddlemix.models.llava.host_steps import HostSteps
+from paddlemix.models.llava.host_passes import HostPasses
+from paddlemix.models.llava.lean import working_dtype
+from paddlemix.models.llava.linear import project, project_back
 from paddlemix.models.llava.merge import merge_image_features
 from paddlemix.models.llava.projector import build_projector
 from paddlemix.models.llava.vision_tower import CLIPVisionTower
@@ -117,8 +119,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
         Args:
             config: replaces the checkpoint's; its sizes must fit the weights.
-            dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU, whose eager
-                kernels have no other.
+            dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU. There bfloat16 takes
+                half of the memory and less time, and answers under ``paddle.no_grad()`` only (``generate`` and a chat do);
+                float16 can be opened and saved.
 
         Raises:
             UserError: unknown name, half a checkpoint, a tensor that is missing, unexpected or wrongly shaped.
@@ -180,9 +183,11 @@ class LlavaLlamaForCausalLM(PretrainedModel):
                 f"pixel_values holds {pixel_values.shape[0]} tiles, but the {len(sizes)} picture(s) of image_sizes "
                 f"need {sum(tiles)}."
             )
-        features = self.llama.vision_tower(pixel_values.astype(self.llama.embed_tokens.weight.dtype))
-        features = self.llama.mm_projector(features)  # [N, P, D]
+        working = working_dtype(self.llama.embed_tokens.weight)
+        features = self.llama.vision_tower(pixel_values.astype(working))
+        features = project(self.llama.mm_projector, features)  # [N, P, D]
         newline = getattr(self.llama, "image_newline", None)
+        newline = None if newline is None else newline.astype(working)
         packed, start = [], 0
         for size, count in zip(sizes, tiles):
             packed.append(pack_image_features(features[start : start + count], size, config, newline))
@@ -192,13 +197,16 @@ class LlavaLlamaForCausalLM(PretrainedModel):
     def embed(self, input_ids: paddle.Tensor, image_features: Optional[List[paddle.Tensor]] = None) -> paddle.Tensor:
         """[B, T] ids and the features of their placeholders -> inputs_embeds [B, T, D]."""
         text_ids = paddle.where(input_ids == IMAGE_TOKEN_INDEX, paddle.zeros_like(input_ids), input_ids)
-        return merge_image_features(self.llama.embed_tokens(text_ids), input_ids, image_features)
+        embeddings = self.llama.embed_tokens(text_ids)
+        if embeddings.dtype != working_dtype(embeddings):
+            embeddings = embeddings.astype(working_dtype(embeddings))
+        return merge_image_features(embeddings, input_ids, image_features)
 
     def lm_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
         """hidden [..., D] -> logits [..., V]"""
         if self.config.tie_word_embeddings:
-            return paddle.matmul(hidden, self.llama.embed_tokens.weight, transpose_y=True)
-        return self.lm_head(hidden)
+            return project_back(self.llama.embed_tokens, hidden)
+        return project(self.lm_head, hidden)
 
     def forward(
         self,
@@ -244,22 +252,25 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens of ``batch_size`` rows."""
-        return KVCache(self.config, batch_size, capacity, self.llama.embed_tokens.weight.dtype)
+        return KVCache(self.config, batch_size, capacity, working_dtype(self.llama.embed_tokens.weight))
 
     @paddle.no_grad()
     def prefill(
         self, inputs_embeds: paddle.Tensor, cache: KVCache, attention_mask: Optional[paddle.Tensor] = None
     ) -> paddle.Tensor:
         """Reads [B, T, D] into the cache; logits [B, V] after the last token."""
+        on_host = None if attention_mask is not None else HostPasses.of(self, cache, inputs_embeds.shape[1])
+        if on_host is not None:
+            return paddle.to_tensor(on_host.read(inputs_embeds.numpy(), cache))
         return self.lm_logits(self.llama(inputs_embeds, attention_mask, cache=cache, last_only=True)[:, -1])
 
     @paddle.no_grad()
     def step(self, ids: paddle.Tensor, cache: KVCache) -> paddle.Tensor:
         """Reads one token [B, 1] into the cache; logits [B, V] after it."""
-        on_host = HostSteps.of(self, cache)
+        on_host = HostPasses.of(self, cache, 1)
         if on_host is not None:
-            return paddle.to_tensor(on_host(self, int(ids.item()), cache)).unsqueeze(0)
-        return self.prefill(self.llama.embed_tokens(ids), cache)
+            return paddle.to_tensor(on_host.step(ids.numpy()[:, 0], cache))
+        return self.prefill(self.embed(ids), cache)
 
     @paddle.no_grad()
     def generate(

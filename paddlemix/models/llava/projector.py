@@ -6,6 +6,7 @@ from paddle import nn
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.linear import project
 
 __all__ = ["build_projector"]
 
@@ -30,4 +31,11 @@ def build_projector(config: LlavaConfig) -> nn.Layer:
     layers = [nn.Linear(wide, width)]
     for _ in range(1, int(depth.group(1))):
         layers += [nn.GELU(), nn.Linear(width, width)]
-    return nn.Sequential(*layers)
+    return _Perceptron(*layers)
+
+
+class _Perceptron(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = project(layer, x)
+        return x

@@ -11,6 +11,8 @@ from paddle import nn
 
 from paddlemix.models.llava.attention import attend
 from paddlemix.models.llava.configuration import CLIPVisionConfig
+from paddlemix.models.llava.lean import widened
+from paddlemix.models.llava.linear import project, project_quick_gelu
 
 __all__ = ["CLIPVisionTower", "num_tower_layers"]
 
@@ -68,10 +70,10 @@ class CLIPVisionTransformer(nn.Layer):
 
     def embed(self, pixel_values: paddle.Tensor) -> paddle.Tensor:
         """[N, 3, H, W] -> [N, P + 1, D], the input of the first layer."""
-        patches = self.conv1(pixel_values).flatten(2).transpose([0, 2, 1])  # [N, P, D]
+        patches = _patches(self.conv1, pixel_values).flatten(2).transpose([0, 2, 1])  # [N, P, D]
         class_token = self.class_embedding.expand([patches.shape[0], 1, -1]).astype(patches.dtype)
-        hidden = paddle.concat([class_token, patches], axis=1) + self.positional_embedding.weight
-        return self.ln_pre(hidden)
+        positions = widened(self.positional_embedding.weight, patches)
+        return _normalize(self.ln_pre, paddle.concat([class_token, patches], axis=1) + positions)
 
     def forward(self, pixel_values: paddle.Tensor) -> paddle.Tensor:
         """[N, 3, H, W] -> [N, P + 1, D]"""
@@ -97,11 +99,13 @@ class CLIPEncoderLayer(nn.Layer):
         self.norm2 = nn.LayerNorm(width, epsilon=vision.layer_norm_eps)
         self.linear1 = nn.Linear(width, vision.intermediate_size)
         self.linear2 = nn.Linear(vision.intermediate_size, width)
-        self.activation = quick_gelu if vision.hidden_act == "quick_gelu" else F.gelu
+        self.quick = vision.hidden_act == "quick_gelu"
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        hidden = hidden + self.self_attn(self.norm1(hidden))
-        return hidden + self.linear2(self.activation(self.linear1(self.norm2(hidden))))
+        hidden = hidden + self.self_attn(_normalize(self.norm1, hidden))
+        x = _normalize(self.norm2, hidden)
+        x = project_quick_gelu(self.linear1, x) if self.quick else F.gelu(project(self.linear1, x))
+        return hidden + project(self.linear2, x)
 
 
 class CLIPAttention(nn.Layer):
@@ -117,12 +121,21 @@ class CLIPAttention(nn.Layer):
         tiles, tokens, width = hidden.shape
 
         def heads(projection):
-            return projection(hidden).reshape([tiles, tokens, self.num_heads, -1]).transpose([0, 2, 1, 3])
+            return project(projection, hidden).reshape([tiles, tokens, self.num_heads, -1]).transpose([0, 2, 1, 3])
 
         context = attend(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj))
-        return self.out_proj(context.transpose([0, 2, 1, 3]).reshape([tiles, tokens, width]))
+        return project(self.out_proj, context.transpose([0, 2, 1, 3]).reshape([tiles, tokens, width]))
 
 
-def quick_gelu(x: paddle.Tensor) -> paddle.Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * F.sigmoid(1.702 * x)
+def _patches(layer: nn.Conv2D, x: paddle.Tensor) -> paddle.Tensor:
+    """``layer(x)``, also where its weights are held in fewer bits than ``x``."""
+    weight = widened(layer.weight, x)
+    return layer(x) if weight is layer.weight else F.conv2d(x, weight, stride=layer._stride)
+
+
+def _normalize(layer: nn.LayerNorm, x: paddle.Tensor) -> paddle.Tensor:
+    """The same for a norm."""
+    weight = widened(layer.weight, x)
+    if weight is layer.weight:
+        return layer(x)
+    return F.layer_norm(x, x.shape[-1:], weight, widened(layer.bias, x), layer._epsilon)

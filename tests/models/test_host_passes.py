@@ -1,5 +1,6 @@
-"""Single tokens on a CPU: by NumPy they come out as by Paddle, and a change of the model is noticed."""
+"""Short passes on a CPU: by oneDNN and NumPy they come out as by Paddle, and a change of the model is noticed."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -10,7 +11,7 @@ import pytest
 
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.decoder import KVCache
-from paddlemix.models.llava.host_steps import HostSteps
+from paddlemix.models.llava.host_passes import HostPasses
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 
 TOKENS = 40
@@ -36,15 +37,24 @@ def build(**more):
 IDS = np.random.RandomState(3).randint(0, 97, TOKENS)
 
 
-def read(model, by_paddle, attention_mask=None, first=9):
-    """Logits [T, V] after each token that follows the first ones; one by one."""
-    cache = model.new_cache(1, TOKENS)
-    prompt = model.embed(paddle.to_tensor(IDS[None, :first]))
-    logits = [model.prefill(prompt, cache, attention_mask)]
-    for token in IDS[first:]:
-        ids = paddle.to_tensor([[int(token)]])
-        logits.append(model.prefill(model.embed(ids), cache) if by_paddle else model.step(ids, cache))
-    assert (cache.host_steps is None) == by_paddle and cache.length == TOKENS
+@contextlib.contextmanager
+def by_paddle_alone(model):
+    """Who watches a layer sees every pass, so Paddle takes them."""
+    hook = model.llama.layers[0].register_forward_pre_hook(lambda layer, given: None)
+    yield
+    hook.remove()
+
+
+def read(model, by_paddle, attention_mask=None, first=9, rows=1, at_once=1):
+    """Logits [B, V] after each pass that follows the first one, which is padded by the mask, of ``at_once`` tokens each."""
+    ids = np.stack([np.roll(IDS, row) for row in range(rows)])
+    cache = model.new_cache(rows, TOKENS)
+    with by_paddle_alone(model) if by_paddle else contextlib.nullcontext():
+        logits = [model.prefill(model.embed(paddle.to_tensor(ids[:, :first])), cache, attention_mask)]
+        for start in range(first, TOKENS, at_once):
+            new = paddle.to_tensor(ids[:, start : start + at_once])
+            logits.append(model.step(new, cache) if at_once == 1 else model.prefill(model.embed(new), cache))
+    assert (cache.host_passes is None) == by_paddle and cache.length == TOKENS
     return paddle.concat(logits).numpy()
 
 
@@ -66,10 +76,28 @@ def test_tokens_one_by_one_equal_paddles_and_a_whole_pass(sizes):
         np.testing.assert_allclose(logits, whole, atol=1e-5)
 
 
-def test_padding_stays_hidden():
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("at_once", [1, 7, 12])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_and_passes_of_any_size(rows, at_once, padded):
+    model = build(tie_word_embeddings=rows == 2)
+    mask = None
+    if padded:
+        mask = paddle.to_tensor([[0] * (row % 5) + [1] * (9 - row % 5) for row in range(1, rows + 1)])
+    options = dict(attention_mask=mask, rows=rows, at_once=at_once)
+    np.testing.assert_allclose(read(model, False, **options), read(model, True, **options), atol=1e-5)
+
+
+def test_without_onednn_single_rows_stay_and_the_rest_is_paddles(monkeypatch):
     model = build()
-    mask = paddle.to_tensor([[0] * 4 + [1] * 5])
-    np.testing.assert_allclose(read(model, False, mask), read(model, True, mask), atol=1e-5)
+    expected = read(model, by_paddle=True)
+    monkeypatch.setattr("paddlemix.models.llava.host_passes.products", lambda: None)
+    monkeypatch.setattr("paddlemix.models.llava.linear.products", lambda: None)
+    monkeypatch.setattr("paddlemix.models.llava.attention.products", lambda: None)
+    np.testing.assert_allclose(read(model, by_paddle=False), expected, atol=1e-5)
+    cache = model.new_cache(2, TOKENS)
+    model.prefill(model.embed(paddle.to_tensor(IDS[:18].reshape(2, 9))), cache)
+    assert cache.host_passes is None
 
 
 def test_a_change_of_the_weights_is_noticed():
@@ -115,15 +143,16 @@ def test_what_numpy_does_not_know_is_left_to_paddle(change):
     cache = model.new_cache(1, TOKENS)
     model.prefill(model.embed(paddle.to_tensor(IDS[None, :9])), cache)
     logits = model.step(paddle.to_tensor([[int(IDS[9])]]), cache)
-    assert HostSteps.of(model, cache) is None
+    assert HostPasses.of(model, cache, 1) is None
     whole = model(paddle.to_tensor(IDS[None, :10])).logits[:, -1]
     np.testing.assert_allclose(logits.numpy(), whole.numpy(), atol=1e-5)
     assert change == "training" or np.abs(logits.numpy() - plain[1]).max() > 1e-3
 
 
 def test_a_cache_that_grows_shrinks_and_is_read_by_both(monkeypatch):
-    """Passes of several tokens are Paddle's, single ones NumPy's, on buffers that move meanwhile."""
+    """Long passes are Paddle's, short ones the host's, on buffers that move meanwhile."""
     monkeypatch.setattr(KVCache, "BLOCK", 8)
+    monkeypatch.setattr("paddlemix.models.llava.host_passes.MOST_ROWS", 6)
     model = build()
     cache = model.new_cache(1, TOKENS)
 
@@ -165,14 +194,10 @@ def test_weights_that_change_between_two_turns_count_in_the_next():
     np.testing.assert_allclose(logits.numpy(), whole.numpy(), atol=1e-5)
 
 
-def test_several_rows_and_other_models_go_their_own_way():
+def test_several_models_go_their_own_way():
     first, second = build(), build(hidden_size=32)
     for model in (first, second, first):
         np.testing.assert_allclose(read(model, False), read(model, True), atol=1e-5)
-    cache = first.new_cache(2, TOKENS)
-    first.prefill(first.embed(paddle.to_tensor(IDS[:18].reshape(2, 9))), cache)
-    assert first.step(paddle.to_tensor([[1], [2]]), cache).shape == [2, 97]
-    assert cache.host_steps is None
 
 
 def test_a_model_that_is_gone_leaves_nothing():

@@ -1,0 +1,359 @@
+"""Products on a CPU by oneDNN, the library that Paddle's wheel carries, over the memory of Paddle's tensors.
+
+Paddle's own products go through MKL, which for two to a hundred rows takes up to twice as long, and has none in bfloat16.
+oneDNN adds the bias, the activation or a second operand while the results are in the registers. Its C API is called by
+ctypes (https://uxlfoundation.github.io/oneDNN, version 3); where it is missing or does not compute what it should,
+:func:`products` is None and Paddle takes over. It runs on the threads of Paddle's OpenMP, so that the two never compete.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+import numpy as np
+import paddle
+
+__all__ = ["Products", "have_bfloat16", "products", "widen"]
+
+logger = logging.getLogger("paddlemix.onednn")
+
+# of dnnl_types.h
+_CPU, _IN_ORDER = 1, 1
+_TYPES = {"bfloat16": 2, "float32": 3}
+_SWISH, _MULTIPLY, _SOFTMAX, _INFERENCE = 0x2C, 0x1FFF1, 0x30000, 96
+_SOURCE, _SOURCE_1, _RESULT, _WEIGHTS, _BIAS, _FIRST_POST_OP = 1, 2, 17, 33, 41, 32768
+
+KEPT = 256  # primitives; each is a kernel for one shape
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [("major", c_int), ("minor", c_int), ("patch", c_int), ("hash", c_char_p)]
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [("argument", c_int), ("memory", c_void_p)]
+
+
+class _Status(Exception):
+    """oneDNN has refused."""
+
+
+_SIGNATURES = {
+    "dnnl_engine_create": [POINTER(c_void_p), c_int, c_size_t],
+    "dnnl_stream_create": [POINTER(c_void_p), c_void_p, c_int],
+    "dnnl_memory_desc_create_with_strides": [
+        POINTER(c_void_p),
+        c_int,
+        POINTER(c_int64),
+        c_int,
+        POINTER(c_int64),
+    ],
+    "dnnl_memory_desc_destroy": [c_void_p],
+    "dnnl_memory_create": [POINTER(c_void_p), c_void_p, c_void_p, c_void_p],
+    "dnnl_memory_set_data_handle": [c_void_p, c_void_p],
+    "dnnl_memory_destroy": [c_void_p],
+    "dnnl_post_ops_create": [POINTER(c_void_p)],
+    "dnnl_post_ops_destroy": [c_void_p],
+    "dnnl_post_ops_append_sum": [c_void_p, c_float, c_int, c_int],
+    "dnnl_post_ops_append_eltwise": [c_void_p, c_int, c_float, c_float],
+    "dnnl_post_ops_append_binary": [c_void_p, c_int, c_void_p],
+    "dnnl_primitive_attr_create": [POINTER(c_void_p)],
+    "dnnl_primitive_attr_set_post_ops": [c_void_p, c_void_p],
+    "dnnl_primitive_attr_destroy": [c_void_p],
+    "dnnl_matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
+    "dnnl_softmax_forward_primitive_desc_create": [
+        POINTER(c_void_p),
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_void_p,
+    ],
+    "dnnl_reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
+    "dnnl_primitive_create": [POINTER(c_void_p), c_void_p],
+    "dnnl_primitive_desc_destroy": [c_void_p],
+    "dnnl_primitive_destroy": [c_void_p],
+    "dnnl_primitive_execute": [c_void_p, c_void_p, c_int, c_void_p],
+}
+
+
+class _Kernel:
+    """A primitive with its arguments, whose addresses are put in before each execution."""
+
+    def __init__(self, library, engine, stream):
+        self._library, self._engine, self._stream = library, engine, stream
+        self._primitive, self._memories, self._descriptors = None, [], []
+        self._arguments, self._roles = None, []
+
+    def descriptor(self, rows: int, columns: int, dtype: str, turned: bool = False) -> c_void_p:
+        made, sizes = c_void_p(), (c_int64 * 2)(rows, columns)
+        strides = (c_int64 * 2)(*((1, rows) if turned else (columns, 1)))
+        _check(self._library.dnnl_memory_desc_create_with_strides(byref(made), 2, sizes, _TYPES[dtype], strides))
+        self._descriptors.append(made)
+        return made
+
+    def finish(self, descriptor: c_void_p, roles: Dict[int, c_void_p]) -> "_Kernel":
+        """Makes the primitive; ``roles`` says what lies behind each argument."""
+        library, self._primitive = self._library, c_void_p()
+        try:
+            _check(library.dnnl_primitive_create(byref(self._primitive), descriptor))
+        finally:
+            library.dnnl_primitive_desc_destroy(descriptor)
+        for layout in roles.values():
+            memory = c_void_p()
+            _check(library.dnnl_memory_create(byref(memory), layout, self._engine, None))
+            self._memories.append(memory)
+        self._arguments = (_Argument * len(roles))(*zip(roles, self._memories))
+        return self
+
+    def __call__(self, *addresses: int) -> None:
+        library = self._library
+        for memory, address in zip(self._memories, addresses):
+            library.dnnl_memory_set_data_handle(memory, address)
+        status = library.dnnl_primitive_execute(self._primitive, self._stream, len(self._memories), self._arguments)
+        if status:
+            raise RuntimeError(f"oneDNN couldn't compute a product (status {status}).")
+
+    def __del__(self):
+        for memory in self._memories:
+            self._library.dnnl_memory_destroy(memory)
+        for descriptor in self._descriptors:
+            self._library.dnnl_memory_desc_destroy(descriptor)
+        if self._primitive:
+            self._library.dnnl_primitive_destroy(self._primitive)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise _Status(f"status {status}")
+
+
+class Products:
+    """oneDNN's kernels for one thread of Python, which must be the one that calls."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+        self._engine, self._stream = c_void_p(), c_void_p()
+        _check(library.dnnl_engine_create(byref(self._engine), _CPU, 0))
+        _check(library.dnnl_stream_create(byref(self._stream), self._engine, _IN_ORDER))
+        self.have_bfloat16 = library.have_bfloat16
+        self._kernels: Dict[Tuple, _Kernel] = {}
+
+    def __call__(
+        self,
+        x: int,
+        weight: int,
+        result: int,
+        rows: int,
+        inner: int,
+        outer: int,
+        dtype: str = "float32",
+        *,
+        turned: bool = False,
+        bias: Optional[int] = None,
+        swish: Optional[float] = None,
+        factor: Optional[int] = None,
+        add: bool = False,
+    ) -> None:
+        """x [rows, inner] times weight [inner, outer] into result [rows, outer], which is float32; all given by address.
+
+        Args:
+            dtype: of x and weight.
+            turned: weight lies in memory as [outer, inner].
+            bias: [outer] of ``dtype``, which is added.
+            swish: a number a: each result r becomes r * sigmoid(a * r).
+            factor: [rows, outer] in float32, by which the results are multiplied.
+            add: the results are added to what is in ``result``.
+        """
+        key = (rows, inner, outer, dtype, turned, bias is not None, swish, factor is not None, add)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._keep(key, self._matmul(*key))
+        kernel(*(each for each in (x, weight, result, bias, factor) if each is not None))
+
+    def softmax(self, x: int, rows: int, columns: int) -> None:
+        """x [rows, columns] of float32, in place, along its columns."""
+        key = rows, columns, "softmax"
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._keep(key, self._softmax(rows, columns))
+        kernel(x, x)
+
+    def narrow(self, x: int, result: int, size: int) -> None:
+        """x [size] of float32 to the nearest numbers of bfloat16, in ``result``."""
+        key = size, "narrow"
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._keep(key, self._reorder(size))
+        kernel(x, result)
+
+    def _keep(self, key: Tuple, kernel: _Kernel) -> _Kernel:
+        if len(self._kernels) >= KEPT:
+            self._kernels.clear()
+        self._kernels[key] = kernel
+        return kernel
+
+    def _matmul(self, rows, inner, outer, dtype, turned, bias, swish, factor, add) -> _Kernel:
+        library = self._library
+        kernel = _Kernel(library, self._engine, self._stream)
+        x, result = kernel.descriptor(rows, inner, dtype), kernel.descriptor(rows, outer, "float32")
+        roles = {_SOURCE: x, _WEIGHTS: kernel.descriptor(inner, outer, dtype, turned), _RESULT: result}
+        if bias:
+            roles[_BIAS] = kernel.descriptor(1, outer, dtype)
+        operations, attributes, made = c_void_p(), c_void_p(), c_void_p()
+        _check(library.dnnl_post_ops_create(byref(operations)))
+        _check(library.dnnl_primitive_attr_create(byref(attributes)))
+        try:
+            if add:
+                _check(library.dnnl_post_ops_append_sum(operations, 1.0, 0, 0))
+            if swish is not None:
+                _check(library.dnnl_post_ops_append_eltwise(operations, _SWISH, swish, 0.0))
+            if factor:
+                roles[(1 + add + (swish is not None)) * _FIRST_POST_OP | _SOURCE_1] = result
+                _check(library.dnnl_post_ops_append_binary(operations, _MULTIPLY, result))
+            _check(library.dnnl_primitive_attr_set_post_ops(attributes, operations))
+            layouts = x, roles[_WEIGHTS], roles.get(_BIAS), result
+            _check(library.dnnl_matmul_primitive_desc_create(byref(made), self._engine, *layouts, attributes))
+        finally:
+            library.dnnl_post_ops_destroy(operations)
+            library.dnnl_primitive_attr_destroy(attributes)
+        return kernel.finish(made, roles)
+
+    def _softmax(self, rows: int, columns: int) -> _Kernel:
+        kernel, made = _Kernel(self._library, self._engine, self._stream), c_void_p()
+        layout = kernel.descriptor(rows, columns, "float32")
+        create = self._library.dnnl_softmax_forward_primitive_desc_create
+        _check(create(byref(made), self._engine, _INFERENCE, _SOFTMAX, layout, layout, 1, None))
+        return kernel.finish(made, {_SOURCE: layout, _RESULT: layout})
+
+    def _reorder(self, size: int) -> _Kernel:
+        kernel, made = _Kernel(self._library, self._engine, self._stream), c_void_p()
+        wide, narrow = kernel.descriptor(1, size, "float32"), kernel.descriptor(1, size, "bfloat16")
+        engine = self._engine
+        _check(self._library.dnnl_reorder_primitive_desc_create(byref(made), wide, engine, narrow, engine, None))
+        return kernel.finish(made, {_SOURCE: wide, _RESULT: narrow})
+
+
+# finding it
+
+_threads = threading.local()
+_library: Optional[ctypes.CDLL] = None
+_looked = False
+_lock = threading.Lock()
+
+
+def products() -> Optional[Products]:
+    """The calling thread's; None where oneDNN can't be had."""
+    try:
+        return _threads.products
+    except AttributeError:
+        library = _find()
+        if library is not None:
+            _use_paddles_threads()
+        _threads.products = None if library is None else Products(library)
+        return _threads.products
+
+
+def have_bfloat16() -> bool:
+    """Whether weights in bfloat16 can be multiplied on this CPU."""
+    kernels = products()
+    return kernels is not None and kernels.have_bfloat16
+
+
+def _find() -> Optional[ctypes.CDLL]:
+    """The library, loaded once, if it computes what it should."""
+    global _library, _looked
+    with _lock:
+        if not _looked:
+            _looked = True
+            try:
+                library = _load()
+                compute = Products(library)
+                _try_out(compute)
+                library.have_bfloat16 = _has_bfloat16(compute)
+                _library = library
+            except (OSError, AttributeError, _Status) as error:
+                logger.info("Products go through Paddle: oneDNN can't be used here (%s).", error)
+    return _library
+
+
+def _folder() -> Path:
+    return Path(paddle.__file__).parent / "libs"
+
+
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_folder() / "libdnnl.so.3"))
+    library.dnnl_version.restype = POINTER(_Version)
+    version = library.dnnl_version().contents
+    if version.major != 3:
+        raise OSError(f"version {version.major}.{version.minor}, not 3")
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    library.have_bfloat16 = False
+    return library
+
+
+def _use_paddles_threads() -> None:
+    """As many as Paddle uses. Paddle's OpenMP counts for oneDNN too, and Paddle sets it to one at its import."""
+    threads = int(os.environ.get("FLAGS_paddle_num_threads", "1"))
+    try:
+        ctypes.CDLL(str(_folder() / "libiomp5.so")).omp_set_num_threads(threads)
+    except (OSError, AttributeError) as error:
+        logger.info("oneDNN's number of threads stays as it is (%s).", error)
+
+
+def _try_out(compute: Products) -> None:
+    """Holds each kind of kernel against NumPy; numbers of its types may change between versions."""
+    rng = np.random.default_rng(0)
+    x, weight, other = (rng.standard_normal(shape, np.float32) for shape in ((3, 32), (32, 16), (3, 16)))
+    bias, places = other[0].copy(), [each.ctypes.data for each in (x, weight, other)]
+    right = x @ weight
+
+    def differs(expected, **options) -> bool:
+        result = other.copy()
+        compute(*places[:2], result.ctypes.data, 3, 32, 16, **options)
+        return not np.allclose(result, expected, atol=1e-4)
+
+    swish = right / (1 + np.exp(-1.5 * right))
+    shares, powers = other.copy(), np.exp(other)
+    compute.softmax(shares.ctypes.data, *shares.shape)
+    wrong = (
+        not np.allclose(shares, powers / powers.sum(1, keepdims=True), atol=1e-5),
+        differs(right),
+        differs(right + bias, bias=bias.ctypes.data),
+        differs(right + other, add=True),
+        differs(swish, swish=1.5),
+        differs(right * other, factor=places[2]),
+        differs(swish * other, swish=1.5, factor=places[2]),
+    )
+    if any(wrong):
+        raise _Status(f"kinds {np.flatnonzero(wrong).tolist()} of kernels come out wrong")
+
+
+def _has_bfloat16(compute: Products) -> bool:
+    """Whether numbers of 16 bits are rounded and multiplied as they should; not every processor can."""
+    rng = np.random.default_rng(1)
+    wide = [rng.standard_normal(shape, np.float32) for shape in ((3, 32), (32, 16), (1, 16))]
+    narrow, result = [np.empty(each.shape, np.uint16) for each in wide], np.empty((3, 16), np.float32)
+    try:
+        for one, other in zip(wide, narrow):
+            compute.narrow(one.ctypes.data, other.ctypes.data, one.size)
+        compute(
+            *(each.ctypes.data for each in (*narrow[:2], result)), 3, 32, 16, "bfloat16", bias=narrow[2].ctypes.data
+        )
+    except _Status:
+        return False
+    x, weight, bias = (widen(each) for each in narrow)
+    rounded = all(np.allclose(one, other, rtol=2**-8) for one, other in zip((x, weight, bias), wide))
+    return rounded and np.allclose(result, x @ weight + bias, atol=1e-4)
+
+
+def widen(halves: np.ndarray) -> np.ndarray:
+    """Numbers of bfloat16, given as uint16, in float32, of which they are the upper halves."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)
