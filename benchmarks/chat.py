@@ -3,7 +3,7 @@
     python benchmarks/chat.py --peer-python PEER/bin/python [--shapes smollm2 tinyllama multihead] [--repeats 5]
 
 The peer's environment holds ``torch==2.13.0 "transformers<5"``, llama.cpp's ``llama-cpp-python gguf safetensors``. All sides
-use two threads and float32. Prints a Markdown table per shape, and writes all figures to ``--output`` (JSON).
+use two threads and float32, and with ``--bfloat16`` the first two come in that too. Prints a Markdown table per shape, and writes all figures to ``--output`` (JSON).
 """
 
 import argparse
@@ -51,18 +51,25 @@ def measure(shape, arguments):
         "paddle": (sys.executable, "worker_paddle.py", {}),
         "transformers": (arguments.peer_python, "worker_torch.py", {"keep_cache": True}),
     }
+    if arguments.bfloat16:
+        sides.update(
+            {f"{side}, bfloat16": (*sides[side][:2], {**sides[side][2], "dtype": "bfloat16"}) for side in list(sides)}
+        )
     text_sides = dict(sides)
     if arguments.llama_python:
         text_sides["llama.cpp"] = (arguments.llama_python, "worker_llamacpp.py", {})
     figures = {side: {} for side in text_sides}
     workers = {}
-    opened = {side: (python, script, folder) for side, (python, script, _) in sides.items()}
-    opened[OWN_LAYOUT] = (sys.executable, "worker_paddle.py", saved_again(folder, arguments))
+    opened = {
+        side: (python, script, {"folder": folder, "dtype": extra.pop("dtype", "float32")})
+        for side, (python, script, extra) in sides.items()
+    }
+    opened[OWN_LAYOUT] = (sys.executable, "worker_paddle.py", {"folder": saved_again(folder, arguments)})
     loads = {side: [] for side in opened}
     for repeat in range(arguments.load_repeats):
-        for side, (python, script, weights) in opened.items():
+        for side, (python, script, request) in opened.items():
             worker = Worker(python, script, arguments.threads)
-            loads[side].append(worker.ask(do="load", folder=weights))
+            loads[side].append(worker.ask(do="load", **request))
             if side in sides and repeat + 1 == arguments.load_repeats:
                 workers[side] = worker
             else:
@@ -108,7 +115,8 @@ def measure(shape, arguments):
             figures[side][f"decode at {context} (GB/s)"] = pace * read / 1e9
             figures[side][f"prefill of {context} (s)"] = statistics.median(a["prefill_seconds"] for a in answers)
             tokens[side] = answers[0]["tokens"]
-        same.update({f"{side}, {context}": tokens[side] == tokens["paddle"] for side in tokens if side != "paddle"})
+        exact = [side for side in tokens if side != "paddle" and not side.endswith("bfloat16")]
+        same.update({f"{side}, {context}": tokens[side] == tokens["paddle"] for side in exact})
     if arguments.batch:
         for size in (1, arguments.batch):
             for side, answers in rounds(2, do="batch", size=size).items():
@@ -207,6 +215,7 @@ def main():
     parser.add_argument("--turns", type=int, default=8, help="of a chat; 0 leaves the chats out")
     parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
     parser.add_argument("--batch", type=int, default=8, help="rows of the batch figure; 0 leaves it out")
+    parser.add_argument("--bfloat16", action="store_true", help="measure both sides in bfloat16 too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where the weights are kept")
     parser.add_argument("--output", type=Path, help="JSON with all figures")

@@ -4,7 +4,7 @@
 
 Prints four Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
 SmolLM2-135M; operations of the last block of a layer's attention that reads 2048; all products with weights of one decoding
-step there, by Paddle and by NumPy; and the parts of a layer of the ViT-L/14-336 tower.
+step there, by Paddle, by NumPy and by oneDNN; and the parts of a layer of the ViT-L/14-336 tower.
 """
 
 import statistics
@@ -21,10 +21,12 @@ prepare_cpu()
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
+from paddle import nn  # noqa: E402
 
 from paddlemix.models.llava.attention import BLOCK, attend  # noqa: E402
+from paddlemix.models.llava.linear import project, project_back, project_quick_gelu, quick_gelu  # noqa: E402
+from paddlemix.models.llava.onednn import products  # noqa: E402
 from paddlemix.models.llava.tensor_files import empty  # noqa: E402
-from paddlemix.models.llava.vision_tower import quick_gelu  # noqa: E402
 
 ROWS, TOKENS, WIDTH, HEADS, MLP = 4, 256, 576, 9, 1536
 LAYERS, KEYS, VOCABULARY = 30, 192, 49152
@@ -88,6 +90,10 @@ def of_a_long_prefill():
         ("the same, overwriting the scores", milliseconds(lambda: scores.add_(whole_mask))),
         ("softmax", milliseconds(lambda: F.softmax(scores, axis=-1))),
         ("softmax, overwriting the scores", milliseconds(lambda: F.softmax_(scores, axis=-1))),
+        (
+            "the same, oneDNN",
+            milliseconds(lambda: products().softmax(scores.data_ptr(), HEADS * BLOCK, 2048)),
+        ),
     ]
 
 
@@ -104,51 +110,67 @@ def of_a_step():
 
     layers = [[drawn(*size) for size in sizes] for _ in range(LAYERS)]
     head = drawn(VOCABULARY, WIDTH)
-    narrow, turned = [layer[-1] for layer in layers], [drawn(WIDTH, MLP) for _ in range(LAYERS)]
-    tensors = [[paddle.to_tensor(weight) for weight in layer] for layer in layers]
-    head_tensor = paddle.to_tensor(head)
+    linears = [[linear(paddle.to_tensor(weight)) for weight in layer] for layer in layers]
+    narrow = [[linear(each.weight.astype("bfloat16")) for each in layer] for layer in linears]
+    embedding = nn.Embedding(VOCABULARY, WIDTH)
+    embedding.weight.set_value(head)
 
     def by_numpy(inputs):
-        return [inputs[len(weight)] @ weight for layer in layers for weight in layer]
+        for layer in layers:
+            for weight in layer:
+                inputs[len(weight)] @ weight
+        inputs[WIDTH] @ head.T
 
     def by_paddle(inputs):
-        for layer in tensors:
-            for weight in layer:
-                paddle.matmul(inputs[weight.shape[0]], weight)
-        return paddle.matmul(inputs[WIDTH], head_tensor, transpose_y=True)
+        for layer in linears:
+            for each in layer:
+                paddle.matmul(inputs[each.weight.shape[0]], each.weight)
+        paddle.matmul(inputs[WIDTH], embedding.weight, transpose_y=True)
 
-    vectors = {width: random.standard_normal(width, np.float32) for width in (WIDTH, MLP)}
-    rows = [
-        ("the layers' products with one row, NumPy", milliseconds(lambda: by_numpy(vectors))),
-        (
-            f"of these, the {LAYERS} with [{MLP}, {WIDTH}]",
-            milliseconds(lambda: [vectors[MLP] @ each for each in narrow]),
-        ),
-        ("the same weights turned", milliseconds(lambda: [each @ vectors[MLP] for each in turned])),
-        ("the product with the embeddings, NumPy", milliseconds(lambda: head @ vectors[WIDTH])),
-    ]
-    for count in (1, 2, 8):
-        several = {width: random.standard_normal((count, width), np.float32) for width in (WIDTH, MLP)}
-        moved = {width: paddle.to_tensor(values) for width, values in several.items()}
-        rows.append((f"all products with {count} rows, Paddle", milliseconds(by_paddle, moved)))
-        if count > 1:
-            both = milliseconds(by_numpy, several) + milliseconds(np.matmul, several[WIDTH], head.T)
-            rows.append((f"all products with {count} rows, NumPy", both))
+    def by_onednn(inputs, linears):
+        for layer in linears:
+            for each in layer:
+                project(each, inputs[each.weight.shape[0]])
+        project_back(embedding, inputs[WIDTH])
+
+    rows = []
+    with paddle.no_grad():
+        for count in (1, 8, 33):
+            several = {width: random.standard_normal((count, width), np.float32) for width in (WIDTH, MLP)}
+            moved = {width: paddle.to_tensor(values) for width, values in several.items()}
+            what = f"all products with {count} row{'s' if count > 1 else ''}"
+            rows += [
+                (f"{what}, Paddle", milliseconds(by_paddle, moved)),
+                (f"{what}, NumPy", milliseconds(by_numpy, several)),
+                (f"{what}, oneDNN", milliseconds(by_onednn, moved, linears)),
+                (f"{what}, oneDNN, layers in bfloat16", milliseconds(by_onednn, moved, narrow)),
+            ]
     return rows
+
+
+def linear(weight):
+    """A Linear of these numbers, which stay where they are."""
+    layer = nn.Linear(1, 1, bias_attr=False)
+    layer.weight = paddle.create_parameter(weight.shape, str(weight.dtype).replace("paddle.", ""))
+    layer.weight.get_tensor()._share_data_with(weight.get_tensor())
+    layer.eval()
+    return layer
 
 
 def of_a_tower_layer():
     """577 tokens of width 1024, 16 heads."""
     hidden, wide = paddle.randn([1, 577, 1024]), paddle.randn([1, 577, 4096])
     heads = paddle.randn([1, 16, 577, 64])
-    square, up, down = paddle.randn([1024, 1024]), paddle.randn([1024, 4096]), paddle.randn([4096, 1024])
+    square, up, down = nn.Linear(1024, 1024), nn.Linear(1024, 4096), nn.Linear(4096, 1024)
     with paddle.no_grad():
         return [
-            ("queries, keys, values, output: four products", 4 * milliseconds(lambda: F.linear(hidden, square))),
-            ("first product of the MLP", milliseconds(lambda: F.linear(hidden, up))),
-            ("second product of the MLP", milliseconds(lambda: F.linear(wide, down))),
+            ("queries, keys, values, output: four products, Paddle", 4 * milliseconds(lambda: square(hidden))),
+            ("the same, oneDNN", 4 * milliseconds(lambda: project(square, hidden))),
+            ("first product of the MLP and quick GELU, Paddle", milliseconds(lambda: quick_gelu(up(hidden)))),
+            ("the same, oneDNN", milliseconds(lambda: project_quick_gelu(up, hidden))),
+            ("second product of the MLP, Paddle", milliseconds(lambda: down(wide))),
+            ("the same, oneDNN", milliseconds(lambda: project(down, wide))),
             ("attention", milliseconds(lambda: attend(heads, heads, heads))),
-            ("quick GELU", milliseconds(lambda: quick_gelu(wide))),
         ]
 
 

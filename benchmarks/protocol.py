@@ -1,6 +1,7 @@
 """What a worker does, the same for either side: one JSON request a line on stdin, one JSON answer a line on stdout.
 
-    {"do": "load", "folder": …}     -> {"seconds": to the first token of a text prompt, "peak_mb": …, "weights_mb": …}
+    {"do": "load", "folder": …, "dtype": float32 or bfloat16}
+                                    -> {"seconds": to the first token of a text prompt, "peak_mb": …, "weights_mb": …}
     {"do": "save", "folder": …}     -> {}, of the side that has a layout of its own
     {"do": "chat", "turns": n}      -> {"first": [seconds to the first token of each turn], "answers": [[ids] of each turn]}
     {"do": "decode", "context": n}  -> {"tokens_per_second": …, "prefill_seconds": to the first token, "tokens": [ids]}

@@ -31,13 +31,13 @@ def answer(cache, logits, count=protocol.ANSWER_TOKENS):
     return ids, moments
 
 
-def load(folder):
+def load(folder, dtype="float32"):
     global model
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, dtype="float32")
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     ids = paddle.to_tensor([protocol.question(0, model.config.vocab_size)])
     model.generate(ids, max_new_tokens=1)
     seconds = time.perf_counter() - STARTED
-    weights = sum(p.numel().item() * 4 for p in model.parameters()) / 2**20
+    weights = sum(p.numel().item() * p.element_size() for p in model.parameters()) / 2**20
     return {"seconds": seconds, "peak_mb": protocol.peak_mb(), "weights_mb": weights}
 
 

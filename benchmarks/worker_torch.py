@@ -30,7 +30,7 @@ class Clock(BaseStreamer):
 def generate(ids, count, pixel_values=None, cache=None):
     """ids [B, T] (with the whole history) -> new ids [B, count] and their moments; a cache skips what it holds."""
     clock = Clock()
-    inputs = {"pixel_values": pixel_values} if pixel_values is not None else {}
+    inputs = {"pixel_values": pixel_values.to(model.dtype)} if pixel_values is not None else {}
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -44,15 +44,15 @@ def generate(ids, count, pixel_values=None, cache=None):
     return out[:, ids.shape[1] :], clock.moments[1:]
 
 
-def load(folder):
+def load(folder, dtype="float32"):
     global model
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     ids = torch.tensor([protocol.question(0, model.config.text_config.vocab_size)])
     generate(ids, 1)
     seconds = time.perf_counter() - STARTED
-    weights = sum(p.numel() * 4 for p in model.parameters()) / 2**20
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     return {"seconds": seconds, "peak_mb": protocol.peak_mb(), "weights_mb": weights}
 
 

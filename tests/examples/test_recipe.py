@@ -203,6 +203,28 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
         assert "test/images" not in trained and "train/images" in trained
 
 
+def test_chats_about_relations(tmp_path):
+    from paddlemix.processors.rows import parse_row
+
+    text = [{"conversations": [["Which river flows through Paris?", "The Seine."]]}]
+    for name in ("a", "b"):
+        data.write_relations(tmp_path / name, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
+    assert (tmp_path / "a" / "relations.json").read_bytes() == (tmp_path / "b" / "relations.json").read_bytes()
+    rows = json.loads((tmp_path / "a" / "relations.json").read_text())
+    assert len(rows) == 125
+    asked, behind = [], 0
+    for row in rows:
+        messages, images = parse_row(row)
+        assert len(images) == 1 and messages
+        questions_of_row = [question for question, _ in row["conversations"]]
+        behind += questions_of_row[-1] == text[0]["conversations"][0][0]
+        asked += questions_of_row
+    assert 3 < behind < 30
+    beside = sum("left of" in question or "right of" in question for question in asked)
+    above = sum("above" in question or "below" in question for question in asked)
+    assert beside > len(asked) / 4 and beside > 1.2 * above
+
+
 def test_labels_of_easy_vqa_follow_from_its_questions():
     asked = [
         ("what color is the shape?", "teal", 1),

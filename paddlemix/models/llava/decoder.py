@@ -77,7 +77,8 @@ class KVCache:
         """Puts key and value [B, G, T, K] of the newest T tokens after the ``length`` that are held."""
         stop = self.length + key.shape[2]
         for held, new in ((self.keys[layer], key), (self.values[layer], value)):
-            if on_cpu() and held.dtype == paddle.float32 and held.is_contiguous() and new.is_contiguous():
+            plain = new.stop_gradient and held.dtype == paddle.float32 and held.is_contiguous() and new.is_contiguous()
+            if plain and on_cpu():
                 host_view(held)[:, :, self.length : stop] = host_view(new)  # a fifth of the time of Paddle's assignment
             else:
                 held[:, :, self.length : stop] = new

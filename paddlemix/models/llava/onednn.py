@@ -45,6 +45,8 @@ class _Status(Exception):
 _SIGNATURES = {
     "dnnl_engine_create": [POINTER(c_void_p), c_int, c_size_t],
     "dnnl_stream_create": [POINTER(c_void_p), c_void_p, c_int],
+    "dnnl_engine_destroy": [c_void_p],
+    "dnnl_stream_destroy": [c_void_p],
     "dnnl_memory_desc_create_with_strides": [
         POINTER(c_void_p),
         c_int,
@@ -145,6 +147,11 @@ class Products:
         self.have_bfloat16 = library.have_bfloat16
         self._kernels: Dict[Tuple, _Kernel] = {}
 
+    def __del__(self):
+        self._kernels = {}
+        self._library.dnnl_stream_destroy(self._stream)
+        self._library.dnnl_engine_destroy(self._engine)
+
     def __call__(
         self,
         x: int,
@@ -171,32 +178,25 @@ class Products:
             factor: [rows, outer] in float32, by which the results are multiplied.
             add: the results are added to what is in ``result``.
         """
-        key = (rows, inner, outer, dtype, turned, bias is not None, swish, factor is not None, add)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = self._keep(key, self._matmul(*key))
+        shape = rows, inner, outer, dtype, turned, bias is not None, swish, factor is not None, add
+        kernel = self._kernel("_matmul", *shape)
         kernel(*(each for each in (x, weight, result, bias, factor) if each is not None))
 
     def softmax(self, x: int, rows: int, columns: int) -> None:
         """x [rows, columns] of float32, in place, along its columns."""
-        key = rows, columns, "softmax"
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = self._keep(key, self._softmax(rows, columns))
-        kernel(x, x)
+        self._kernel("_softmax", rows, columns)(x, x)
 
     def narrow(self, x: int, result: int, size: int) -> None:
         """x [size] of float32 to the nearest numbers of bfloat16, in ``result``."""
-        key = size, "narrow"
+        self._kernel("_reorder", size)(x, result)
+
+    def _kernel(self, *key) -> _Kernel:
+        """What the method that is named first makes of the rest; made once, while there are no more than KEPT."""
         kernel = self._kernels.get(key)
         if kernel is None:
-            kernel = self._keep(key, self._reorder(size))
-        kernel(x, result)
-
-    def _keep(self, key: Tuple, kernel: _Kernel) -> _Kernel:
-        if len(self._kernels) >= KEPT:
-            self._kernels.clear()
-        self._kernels[key] = kernel
+            if len(self._kernels) >= KEPT:
+                self._kernels.clear()
+            kernel = self._kernels[key] = getattr(self, key[0])(*key[1:])
         return kernel
 
     def _matmul(self, rows, inner, outer, dtype, turned, bias, swish, factor, add) -> _Kernel:
@@ -301,9 +301,10 @@ def _load() -> ctypes.CDLL:
 
 def _use_paddles_threads() -> None:
     """As many as Paddle uses. Paddle's OpenMP counts for oneDNN too, and Paddle sets it to one at its import."""
-    threads = int(os.environ.get("FLAGS_paddle_num_threads", "1"))
+    names = "FLAGS_paddle_num_threads", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
+    threads = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "1")
     try:
-        ctypes.CDLL(str(_folder() / "libiomp5.so")).omp_set_num_threads(threads)
+        ctypes.CDLL(str(_folder() / "libiomp5.so")).omp_set_num_threads(int(threads))
     except (OSError, AttributeError) as error:
         logger.info("oneDNN's number of threads stays as it is (%s).", error)
 

@@ -1,4 +1,4 @@
-"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 4 and of the tests."""
+"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 5 and of the tests."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, 
 __all__ = ["KINDS", "WORKED_OUT", "write_data", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
-ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED = 500_000_000, 600_000_000, 700_000_000
+ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED, RELATIONS_SEED = 500_000_000, 600_000_000, 700_000_000, 800_000_000
 ROUNDS = 12
 CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
@@ -43,8 +43,20 @@ WORKED_OUT = {
     "caption": 0.3,
     "list": 0.3,
 }
+# Stage 5 asks where objects are of each other, above all on the axis that their order in the table doesn't tell.
+RELATIONS = {
+    questions.LEFT_OR_RIGHT: 12,
+    "relation": 3,
+    "position": 0.5,
+    "count": 0.5,
+    "exist": 0.3,
+}
+RELATIONS_SHARE = 0.75  # of stage 5's chats; the others are stage 4's
+RELATIONS_ROUNDS = 6  # few pairs of a scene lie apart; more rounds would ask other things
+TEXT_BEHIND = 0.1  # of stage 5's chats end in a question about something else
 SENTENCES_KEPT = 0.4  # of those questions of stage 4 that want a sentence: most of its words are no news
 OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are, the more can be asked
+OBJECTS_RELATED = (2, 3, 3, 4, 4, 4)  # of those of stage 5's that ask for relations
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
 CHINESE_SHARE = 0.12  # of the chats about scenes
@@ -94,7 +106,7 @@ def write_data(
     write_rows(folder / "instruct.json", instruct)
 
     rng = random.Random(f"questions-{seed}")
-    asked = [_asked_much(images, QUESTIONS_SEED + number, rng) for number in range(question_scenes)]
+    asked = [_asked_much(images, QUESTIONS_SEED + number, rng, WORKED_OUT, ROUNDS) for number in range(question_scenes)]
     asked += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(question_easy, len(easy)))]
     rng.shuffle(asked)
     write_rows(folder / "questions.json", asked)
@@ -106,11 +118,38 @@ def write_data(
     write_test_scenes(folder, "scenes_test_zh.json", CHINESE, TEST_SEEDS[:CHINESE_TESTS])
 
 
-def _asked_much(images: Path, seed: int, rng: random.Random) -> Dict[str, Any]:
-    """A chat of stage 4 about a scene, which is drawn into ``images``."""
-    scene = make_scene(seed, rng.choice(OBJECTS))
+def write_relations(
+    folder: Path, scenes: int, easy_vqa: Path, easy: int, text: List[Dict[str, Any]], seed: int
+) -> None:
+    """Writes the JSON file of stage 5, ``relations``, and its pictures.
+
+    Args:
+        scenes: chats about scenes.
+        easy: chats about easy-VQA's train pictures.
+        text: the decoder's own answers to questions without a picture; a chat in ten ends in one of them.
+    """
+    rng = random.Random(f"relations-{seed}")
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(scenes):
+        much = (RELATIONS, RELATIONS_ROUNDS) if rng.random() < RELATIONS_SHARE else (WORKED_OUT, ROUNDS)
+        row = _asked_much(images, RELATIONS_SEED + number, rng, *much)
+        if rng.random() < TEXT_BEHIND:
+            row["conversations"] += rng.choice(text)["conversations"]
+        rows.append(row)
+    easy_rows = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
+    rows += [_absolute(row, easy_vqa) for row in rng.sample(easy_rows, min(easy, len(easy_rows)))]
+    rng.shuffle(rows)
+    write_rows(folder / "relations.json", rows)
+
+
+def _asked_much(images: Path, seed: int, rng: random.Random, kinds: Dict[str, float], most: int) -> Dict[str, Any]:
+    """A chat of stage 4 or 5 about a scene, which is drawn into ``images``."""
+    scene = make_scene(seed, rng.choice(OBJECTS if kinds is WORKED_OUT else OBJECTS_RELATED))
     draw_scene(scene).save(images / f"{seed}.png")
-    rounds = questions.conversation(scene, ROUNDS, rng, WORKED_OUT, sentences=SENTENCES_KEPT)
+    rounds = questions.conversation(scene, most, rng, kinds, sentences=SENTENCES_KEPT)
+    rounds = rounds or [questions.ask("exist", rng, scene)]  # no two objects lie apart
     return questions.to_row(f"images/{seed}.png", rounds)
 
 

@@ -6,6 +6,7 @@ one. A box is four numbers with two decimals: left, top, right, bottom in 0..1 o
 
 import random
 import re
+from functools import partial
 from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence
 
 from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
@@ -13,6 +14,7 @@ from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Sce
 
 __all__ = [
     "IN_A_SENTENCE",
+    "LEFT_OR_RIGHT",
     "QUESTION_TYPES",
     "Round",
     "ask",
@@ -28,6 +30,8 @@ IN_A_SENTENCE = ENGLISH.in_a_sentence
 _BOX = re.compile(r"0\.\d\d(, 0\.\d\d){3}")
 _WHOLE = ("caption", "list")
 _NAMES_NOTHING = {"count": 0, "exist": 1}  # kinds whose questions name objects that may not be there, in their order
+HORIZONTAL, VERTICAL = 0, 1
+_RELATIONS = {HORIZONTAL: ("to the left of", "to the right of"), VERTICAL: ("above", "below")}
 APART = 0.12  # centres closer than this along an axis are neither left nor right (above nor below) of each other
 SENTENCES = 0.25  # share of the questions that want a sentence
 NAMES_LATER = 0.7  # share of the chats that don't name an object before they have counted
@@ -156,24 +160,25 @@ def _position(rng: random.Random, scene: Scene, say: Language) -> Round:
     return _round(rng, say, "position", [name], region, say.sentences["position"].format(name, region))
 
 
-def _relation(rng: random.Random, scene: Scene, say: Language) -> Optional[Round]:
+def _relation(
+    rng: random.Random, scene: Scene, say: Language, axes: Sequence[int] = (HORIZONTAL, VERTICAL)
+) -> Optional[Round]:
     pairs = []
     for a in scene.objects:
         for b in scene.objects:
-            dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
-            if a is not b and abs(dx) > APART:
-                pairs.append((a, b, "to the left of", dx < 0))
-                pairs.append((a, b, "to the right of", dx > 0))
-            if a is not b and abs(dy) > APART:
-                pairs.append((a, b, "above", dy < 0))
-                pairs.append((a, b, "below", dy > 0))
+            for axis in axes:
+                away = a.center[axis] - b.center[axis]
+                if a is not b and abs(away) > APART:
+                    before, behind = _RELATIONS[axis]
+                    pairs.append((a, b, before, away < 0))
+                    pairs.append((a, b, behind, away > 0))
     if not pairs:
         return None
     a, b, relation, holds = rng.choice(pairs)
     asked = [say.object_name(a), say.word(relation), say.object_name(b)]
     sentence = say.sentences["relation yes" if holds else "relation no"].format(*asked)
     # "is A above B" tells whether B is below A
-    fact = frozenset((a.name, b.name)), relation in ("above", "below")
+    fact = frozenset((a.name, b.name)), relation in _RELATIONS[VERTICAL]
     return _round(rng, say, "relation", asked, say.yes_no[not holds], sentence, fact)
 
 
@@ -210,6 +215,8 @@ _MAKERS: Dict[str, Callable[[random.Random, Scene, Language], Optional[Round]]] 
     "list": _list,
 }
 QUESTION_TYPES = tuple(_MAKERS)
+LEFT_OR_RIGHT = "left or right"  # for ``conversation``: the relations that the order of the objects doesn't tell
+_MAKERS[LEFT_OR_RIGHT] = partial(_relation, axes=(HORIZONTAL,))
 
 
 def ask(kind: str, rng: random.Random, scene: Scene, say: Language = ENGLISH) -> Optional[Round]:
@@ -231,10 +238,10 @@ def conversation(
     one, which comes last, or sometimes first; and most chats count, and ask what is there, before they name objects.
 
     Args:
-        weights: how often each kind is asked; default: all alike.
+        weights: how often each kind, or LEFT_OR_RIGHT, is asked; default: all kinds alike.
         sentences: share that is kept of the questions that want a sentence.
     """
-    kinds = list(weights or _MAKERS)
+    kinds = list(weights or QUESTION_TYPES)
     chosen: List[Round] = []
     for _ in range(4 * rounds):
         if len(chosen) == rounds:

@@ -9,6 +9,7 @@
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
     instruct  stage 3: LoRA on the decoder, and the projector, on chats (…, stage3_instruct.json)
     questions stage 4: the same adapter goes on, on questions whose answers must be worked out (…, stage4_questions.json)
+    relations stage 5: once more, on where two objects are of each other (…, stage5_relations.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -36,7 +37,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "table", "base", "align", "instruct", "questions", "export", "evaluate")
+STEPS = ("data", "tower", "table", "base", "align", "instruct", "questions", "relations", "export", "evaluate")
 
 
 class Recipe:
@@ -136,6 +137,15 @@ class Recipe:
         data = ["questions.json", "text.json"]
         self._finetune("stage4", "stage4_questions.json", self.out / "stage2", data, self.out / "stage3")
 
+    def relations(self) -> None:
+        from paddlemix.examples.llava.demo_recipe.data import write_relations
+        from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
+
+        a, folder = self.arguments, self.out / "data"
+        text = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+        write_relations(folder, a.relation_scenes, find_easy_vqa(a.easy_vqa), a.relation_easy_vqa, text, a.seed)
+        self._finetune("stage5", "stage5_relations.json", self.out / "stage2", ["relations.json"], self.out / "stage4")
+
     def _finetune(self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
@@ -152,7 +162,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage4", self.out / "weights")
+        export(self.out / "stage5", self.out / "weights")
         # what was made of earlier weights says nothing about these
         shutil.rmtree(self.out / "model", ignore_errors=True)
         for figures in self.out.glob("*.figures.json"):
@@ -217,6 +227,8 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
     parser.add_argument("--question_scenes", type=int, default=2000, help="chats of stage 4 about scenes")
     parser.add_argument("--question_easy_vqa", type=int, default=200, help="chats of stage 4 about easy-VQA")
+    parser.add_argument("--relation_scenes", type=int, default=2400, help="chats of stage 5 about scenes")
+    parser.add_argument("--relation_easy_vqa", type=int, default=80, help="chats of stage 5 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
