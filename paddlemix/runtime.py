@@ -25,8 +25,8 @@ NVIDIA_DRIVER = Path("/dev/nvidiactl")
 def prepare_cpu() -> List[str]:
     """Sets the environment variables that make Paddle's CPU kernels fast; what the user has set stays.
 
-    - ``FLAGS_paddle_num_threads`` and ``MKL_NUM_THREADS``: the cores that this process may use. Without them Paddle
-      computes with one thread. ``OPENBLAS_NUM_THREADS`` says the same for the steps that NumPy takes; it counts
+    - ``FLAGS_paddle_num_threads`` and ``MKL_NUM_THREADS``: the cores that this process may use. Without them Paddle,
+      and the oneDNN in its wheel, compute with one thread. ``OPENBLAS_NUM_THREADS`` says the same for the steps that NumPy takes; it counts
       if NumPy isn't imported yet.
     - ``OPENBLAS_THREAD_TIMEOUT=20``: NumPy's threads wait for 2^20 cycles before they sleep, not 2^26, which would take a
       core from Paddle's for the first twenty milliseconds of each turn of a chat.

@@ -9,6 +9,8 @@ from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.models.llava.onednn import have_bfloat16
 
+pytestmark = pytest.mark.skipif(not have_bfloat16(), reason="this processor has no bfloat16, which is said to its user")
+
 IMAGE = -200
 PROMPT = [1, *[IMAGE] * 4, 7, 8, 9]
 SIZES = dict(
@@ -42,10 +44,6 @@ def picture():
 def apart(one, other):
     """Largest difference over the spread of the numbers."""
     return float((one - other).abs().max() / other.std())
-
-
-def test_this_machine_can():
-    assert have_bfloat16()
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"mm_projector_type": "linear"}])
@@ -82,3 +80,35 @@ def test_generation_and_what_learns(tmp_path):
     assert answers.shape[1] <= 6 and np.isfinite(scores.numpy()).all()
     with pytest.raises(UserError, match="bfloat16.*no_grad.*float32"):
         model(ids, pixel_values=picture(), labels=ids)
+    model.llama.layers[0].mlp.up_proj.register_forward_post_hook(lambda layer, given, result: result)
+    with pytest.raises(UserError, match="hook.*bfloat16"):
+        model.generate(ids, pixel_values=picture(), max_new_tokens=6)
+
+
+@paddle.no_grad()
+def test_changed_norms_count(tmp_path):
+    model, _ = pair(tmp_path)
+    ids = paddle.to_tensor([PROMPT[5:] * 3])
+    for _ in range(2):
+        logits = model.prefill(model.embed(ids), model.new_cache(1, 20))
+        assert apart(logits, model(ids).logits[:, -1]) < 0.05
+        model.llama.norm.weight.set_value(model.llama.norm.weight * 3)
+
+
+@paddle.no_grad()
+def test_with_views_of_any_stride(tmp_path):
+    """Paddle's own setting, which is left where there may be a GPU."""
+    model, _ = pair(tmp_path)
+    ids = paddle.to_tensor([PROMPT, PROMPT[1:] + [9]])
+    expected = model(ids, pixel_values=paddle.concat([picture()] * 2)).logits
+    before = paddle.get_flags("FLAGS_use_stride_kernel")
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    try:
+        logits = model(ids, pixel_values=paddle.concat([picture()] * 2)).logits
+        model.generate(ids, pixel_values=paddle.concat([picture()] * 2), max_new_tokens=3)
+        long = paddle.to_tensor([PROMPT[5:] * 30])
+        cached = model.prefill(model.embed(long), model.new_cache(1, 100))
+    finally:
+        paddle.set_flags(before)
+    assert apart(logits, expected) < 0.05
+    assert apart(cached, model(long).logits[:, -1]) < 0.05

@@ -107,6 +107,8 @@ def test_a_change_of_the_weights_is_noticed():
     changed = narrow.numpy()
     changed[5, 7] += 3.0  # one number, in place
     narrow.set_value(changed)
+    for norm in (model.llama.norm, model.llama.layers[1].input_layernorm):
+        norm.weight.set_value(norm.weight * 1.5)
     np.testing.assert_allclose(read(model, False), read(model, True), atol=1e-5)
     model.llama.layers[0].self_attn.q_proj = paddle.nn.Linear(64, 64, bias_attr=False)
     np.testing.assert_allclose(read(model, False), read(model, True), atol=1e-5)
@@ -192,6 +194,21 @@ def test_weights_that_change_between_two_turns_count_in_the_next():
     logits = model.step(paddle.to_tensor([[int(IDS[9])]]), cache)
     whole = model(paddle.to_tensor(IDS[None, :10])).logits[:, -1]
     np.testing.assert_allclose(logits.numpy(), whole.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_embeddings_of_another_type_or_layout(dtype):
+    model = build()
+    embeddings = model.embed(paddle.to_tensor(IDS[None, :9]))
+    expected = model.prefill(embeddings, model.new_cache(1, TOKENS)).numpy()
+    turned = paddle.to_tensor(np.ascontiguousarray(embeddings.numpy().transpose(0, 2, 1))).transpose([0, 2, 1])
+    np.testing.assert_allclose(model.prefill(turned, model.new_cache(1, TOKENS)).numpy(), expected, atol=1e-5)
+    if dtype == "bfloat16":
+        logits = model.prefill(embeddings.astype(dtype), model.new_cache(1, TOKENS)).numpy()
+        np.testing.assert_allclose(logits, expected, atol=0.05)
+    else:  # Paddle refuses to mix types
+        with pytest.raises(Exception, match="(?i)type"):
+            model.prefill(embeddings.astype(dtype), model.new_cache(1, TOKENS))
 
 
 def test_several_models_go_their_own_way():

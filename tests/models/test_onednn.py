@@ -65,6 +65,19 @@ def test_gradients_and_hooks_are_not_lost():
         assert float(project(layer, x).abs().max()) == 0
 
 
+def test_a_width_that_does_not_fit_is_paddles_error():
+    for shape in ((20, 64), (2, 3)):
+        with paddle.no_grad(), pytest.raises(ValueError):
+            project(linear(32, 16), numbers(*shape))
+
+
+def test_a_bias_of_another_type_is_not_misread():
+    layer, x = linear(8, 4), numbers(3, 8)
+    layer.bias = paddle.create_parameter([4], "float64", default_initializer=nn.initializer.Constant(2.0))
+    with paddle.no_grad():
+        np.testing.assert_allclose(project(layer, x).numpy(), by_numpy(layer, x), atol=1e-4)
+
+
 def test_other_types_and_no_rows_at_all():
     with paddle.no_grad():
         double = linear(8, 4).to(dtype="float64")
@@ -111,6 +124,18 @@ def test_softmax():
     powers = np.exp(x - x.max(1, keepdims=True))
     onednn.products().softmax(x.ctypes.data, 5, 33)
     np.testing.assert_allclose(x, powers / powers.sum(1, keepdims=True), atol=1e-6)
+
+
+def test_an_interrupted_look_is_taken_again(monkeypatch):
+    def interrupt(compute):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onednn, "_looked", False)
+    monkeypatch.setattr(onednn, "_library", None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(onednn, "_try_out", interrupt)
+        onednn._find()
+    assert onednn._find() is not None
 
 
 def test_a_library_that_computes_something_else_is_left_alone(monkeypatch):

@@ -58,9 +58,10 @@ class KVCache:
         self._allocated = 0  # until every layer has moved: after an interruption the next call starts over
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
-                tensors[i] = paddle.zeros(shape, self.dtype)
+                new = paddle.zeros(shape, self.dtype)
                 if self.length:
-                    tensors[i][:, :, : self.length] = old[:, :, : self.length]
+                    new[:, :, : self.length] = old[:, :, : self.length]
+                tensors[i] = new
         bias = paddle.full([self.batch_size, size], masked_score(self.dtype), self.dtype)
         if self.length:
             bias[:, : self.length] = self.bias[:, : self.length]
@@ -77,7 +78,8 @@ class KVCache:
         """Puts key and value [B, G, T, K] of the newest T tokens after the ``length`` that are held."""
         stop = self.length + key.shape[2]
         for held, new in ((self.keys[layer], key), (self.values[layer], value)):
-            plain = new.stop_gradient and held.dtype == paddle.float32 and held.is_contiguous() and new.is_contiguous()
+            pair = held, new
+            plain = new.stop_gradient and all(x.dtype == paddle.float32 and x.is_contiguous() for x in pair)
             if plain and on_cpu():
                 host_view(held)[:, :, self.length : stop] = host_view(new)  # a fifth of the time of Paddle's assignment
             else:

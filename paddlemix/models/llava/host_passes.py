@@ -30,14 +30,8 @@ class _Layer:
             host_view(each.weight) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         )
         self.gate, self.up, self.down = (host_view(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.before_attention = _numbers(layer.input_layernorm.weight)
-        self.before_mlp = _numbers(layer.post_attention_layernorm.weight)
-
-
-def _numbers(tensor: paddle.Tensor) -> np.ndarray:
-    """A small weight, in float32."""
-    view = host_view(tensor)
-    return widen(view) if view.dtype == np.uint16 else view
+        self.before_attention = host_view(layer.input_layernorm.weight)
+        self.before_mlp = host_view(layer.post_attention_layernorm.weight)
 
 
 class HostPasses:
@@ -52,7 +46,7 @@ class HostPasses:
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._hooks = _hooks(model)
         self.layers = [_Layer(layer) for layer in decoder.layers]
-        self.embeddings, self.norm = host_view(decoder.embed_tokens.weight), _numbers(decoder.norm.weight)
+        self.embeddings, self.norm = host_view(decoder.embed_tokens.weight), host_view(decoder.norm.weight)
         self.head = None if config.tie_word_embeddings else host_view(model.lm_head.weight)
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.epsilon = config.rms_norm_eps
@@ -96,7 +90,7 @@ class HostPasses:
         return self.read(widen(embeddings) if embeddings.dtype == np.uint16 else embeddings, cache)
 
     def read(self, embeddings: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Reads [B, T, D] without padding into the cache; logits [B, V] after the last token of each row."""
+        """Reads [B, T, D] in float32, without padding, into the cache; logits [B, V] after the last token of each row."""
         batch, tokens, _ = embeddings.shape
         positions, longest, after = self.next_positions(batch, tokens, None, cache)
         cos, sin = (
@@ -113,7 +107,7 @@ class HostPasses:
             return x * cos + np.concatenate([x[..., half:], x[..., :half]], axis=-1) * sin
 
         scale = np.float32(width**-0.5)
-        hidden = np.array(embeddings.reshape(batch * tokens, -1))
+        hidden = np.array(embeddings.reshape(batch * tokens, -1), order="C")
         last = len(self.layers) - 1
         for index, (layer, (keys, values)) in enumerate(zip(self.layers, _views(cache))):
             x = self._norm(hidden, layer.before_attention)
@@ -144,6 +138,7 @@ class HostPasses:
         return compute(x, self.embeddings, turned=True) if self.head is None else compute(x, self.head)
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        weight = widen(weight) if weight.dtype == np.uint16 else weight
         mean = np.einsum("nd,nd->n", x, x) / np.float32(x.shape[1]) + np.float32(self.epsilon)
         return x * (1 / np.sqrt(mean))[:, None] * weight
 

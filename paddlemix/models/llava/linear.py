@@ -3,6 +3,7 @@
 On a CPU weights in bfloat16 are served by oneDNN alone: what they meet is rounded to bfloat16, and what comes out is float32.
 """
 
+import math
 from typing import Optional
 
 import paddle
@@ -11,7 +12,7 @@ from paddle import nn
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.lean import on_cpu, swiglu
-from paddlemix.models.llava.onednn import products
+from paddlemix.models.llava.onednn import have_bfloat16, products
 
 __all__ = ["project", "project_back", "project_quick_gelu", "project_swiglu", "quick_gelu"]
 
@@ -19,19 +20,22 @@ __all__ = ["project", "project_back", "project_quick_gelu", "project_swiglu", "q
 def project(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)``: x [..., in] to [..., out]."""
     if not _is_bare(layer):
+        _refuse_bfloat16(layer)
         return layer(x)
-    if _computed_here(x, layer.weight, layer.bias):
-        return _multiply(x, layer.weight, layer.bias)
-    if layer.bias is None and not layer.training:
-        return paddle.matmul(x, layer.weight)  # for one token it takes half the time of a Linear
+    weight, bias = layer.weight, layer.bias
+    if _computed_here(x, weight, bias):
+        return _multiply(x, weight, bias)
+    if bias is None and not layer.training:
+        return paddle.matmul(x, weight)  # for one token it takes half the time of a Linear
     return layer(x)
 
 
 def project_back(embedding: nn.Embedding, x: paddle.Tensor) -> paddle.Tensor:
     """x [..., D] times the turned table of token embeddings [V, D]: logits [..., V]."""
-    if _computed_here(x, embedding.weight):
-        return _multiply(x, embedding.weight, turned=True)
-    return paddle.matmul(x, embedding.weight, transpose_y=True)
+    table = embedding.weight
+    if _computed_here(x, table, turned=True):
+        return _multiply(x, table, turned=True)
+    return paddle.matmul(x, table, transpose_y=True)
 
 
 def project_swiglu(gate: nn.Layer, up: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
@@ -58,27 +62,46 @@ def _is_bare(layer: nn.Layer) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_post_hooks)
 
 
-def _computed_here(x: paddle.Tensor, weight: paddle.Tensor, bias: Optional[paddle.Tensor] = None) -> bool:
-    """Whether oneDNN can take the product: on the host, of float32 and weights of float32 or bfloat16, where nothing learns
-    and no graph is recorded.
+def _refuse_bfloat16(layer: nn.Layer) -> None:
+    weight = getattr(layer, "weight", None)
+    if weight is not None and weight.dtype == paddle.bfloat16 and on_cpu():
+        raise UserError(
+            "on a CPU, layers with an adapter or a hook can't compute in bfloat16; merge the adapter, or use float32."
+        )
+
+
+def _computed_here(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: Optional[paddle.Tensor] = None, turned: bool = False
+) -> bool:
+    """Whether oneDNN takes the product: on the host, of float32 and weights of float32 or bfloat16, where nothing learns and
+    no graph is recorded. One row in float32 is left to Paddle, whose kernel has less to prepare.
 
     Raises:
-        UserError: nobody else can take it.
+        UserError: weights are in bfloat16, and oneDNN can't take the product; Paddle can't either.
     """
     if not on_cpu() or not paddle.in_dynamic_mode():
         return False
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    learns = paddle.is_grad_enabled() and not all(each.stop_gradient for each in tensors)
-    kernels = None if learns or x.dtype != paddle.float32 or x.size == 0 else products()
-    if weight.dtype == paddle.bfloat16:
-        if kernels is None or not kernels.have_bfloat16:
-            raise UserError(
-                "on a CPU, weights in bfloat16 answer under paddle.no_grad() and where the processor can multiply them; "
-                "use float32."
-            )
-    elif weight.dtype != paddle.float32 or kernels is None:
+    weights = (weight,) if bias is None else (weight, bias)
+    shape, dtype = x.shape, weight.dtype
+    learns = paddle.is_grad_enabled() and not all(each.stop_gradient for each in (x, *weights))
+    fits = (
+        x.dtype == paddle.float32
+        and shape[-1] == weight.shape[1 if turned else 0]
+        and all(each.dtype == dtype and each.place.is_cpu_place() and each.is_contiguous() for each in weights)
+    )
+    if dtype == paddle.float32:
+        return fits and not learns and math.prod(shape[:-1]) > 1 and products() is not None
+    if dtype != paddle.bfloat16:
         return False
-    return all(each.place.is_cpu_place() and each.is_contiguous() for each in tensors)
+    if learns:
+        raise UserError(
+            "on a CPU, weights in bfloat16 can't learn; answer under paddle.no_grad(), or use float32 to train."
+        )
+    if not have_bfloat16():
+        raise UserError("this CPU, or the oneDNN of this Paddle, can't multiply in bfloat16; use float32.")
+    if not fits:
+        raise ValueError(f"a product of {shape} in {x.dtype} with weights {weight.shape} in bfloat16 can't be computed")
+    return True
 
 
 def _multiply(
@@ -90,20 +113,22 @@ def _multiply(
     swish: Optional[float] = None,
     factor: Optional[paddle.Tensor] = None,
 ) -> paddle.Tensor:
-    kernels = products()
+    kernels, dtype = products(), "float32"
     inner, outer = weight.shape[::-1] if turned else weight.shape
+    rows = math.prod(x.shape[:-1])
     result = paddle.empty([*x.shape[:-1], outer], "float32")
+    if rows == 0:
+        return result
+    x = x.contiguous()
     if weight.dtype == paddle.bfloat16:
-        narrow = paddle.empty(x.shape, "bfloat16")
-        kernels.narrow(x.data_ptr(), narrow.data_ptr(), x.size)
-        x, dtype = narrow, "bfloat16"
-    else:
-        dtype = "float32"
+        narrow, dtype = paddle.empty(x.shape, "bfloat16"), "bfloat16"
+        kernels.narrow(x.data_ptr(), narrow.data_ptr(), rows * inner)
+        x = narrow
     kernels(
         x.data_ptr(),
         weight.data_ptr(),
         result.data_ptr(),
-        x.size // inner,
+        rows,
         inner,
         outer,
         dtype,

@@ -120,8 +120,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         Args:
             config: replaces the checkpoint's; its sizes must fit the weights.
             dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU. There bfloat16 takes
-                half of the memory and less time, and answers under ``paddle.no_grad()`` only (``generate`` and a chat do);
-                float16 can be opened and saved.
+                half of the memory, and less time on processors that multiply in it (AVX512_BF16); it answers under
+                ``paddle.no_grad()`` only, as ``generate`` and a chat do. float16 can be opened and saved.
 
         Raises:
             UserError: unknown name, half a checkpoint, a tensor that is missing, unexpected or wrongly shaped.
@@ -197,10 +197,15 @@ class LlavaLlamaForCausalLM(PretrainedModel):
     def embed(self, input_ids: paddle.Tensor, image_features: Optional[List[paddle.Tensor]] = None) -> paddle.Tensor:
         """[B, T] ids and the features of their placeholders -> inputs_embeds [B, T, D]."""
         text_ids = paddle.where(input_ids == IMAGE_TOKEN_INDEX, paddle.zeros_like(input_ids), input_ids)
-        embeddings = self.llama.embed_tokens(text_ids)
-        if embeddings.dtype != working_dtype(embeddings):
-            embeddings = embeddings.astype(working_dtype(embeddings))
-        return merge_image_features(embeddings, input_ids, image_features)
+        return merge_image_features(self._embed_text(text_ids), input_ids, image_features)
+
+    def _embed_text(self, ids: paddle.Tensor) -> paddle.Tensor:
+        return self._in_working_dtype(self.llama.embed_tokens(ids))
+
+    @staticmethod
+    def _in_working_dtype(embeddings: paddle.Tensor) -> paddle.Tensor:
+        working = working_dtype(embeddings)
+        return embeddings if embeddings.dtype == working else embeddings.astype(working)
 
     def lm_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
         """hidden [..., D] -> logits [..., V]"""
@@ -259,9 +264,16 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         self, inputs_embeds: paddle.Tensor, cache: KVCache, attention_mask: Optional[paddle.Tensor] = None
     ) -> paddle.Tensor:
         """Reads [B, T, D] into the cache; logits [B, V] after the last token."""
-        on_host = None if attention_mask is not None else HostPasses.of(self, cache, inputs_embeds.shape[1])
-        if on_host is not None:
-            return paddle.to_tensor(on_host.read(inputs_embeds.numpy(), cache))
+        inputs_embeds = self._in_working_dtype(inputs_embeds)
+        batch, tokens, width = inputs_embeds.shape
+        simple = attention_mask is None and inputs_embeds.dtype == paddle.float32
+        if simple and (batch, width) == (cache.batch_size, self.config.hidden_size):
+            on_host = HostPasses.of(self, cache, tokens)
+            if on_host is not None:
+                return paddle.to_tensor(on_host.read(inputs_embeds.numpy(), cache))
+        return self._prefill(inputs_embeds, cache, attention_mask)
+
+    def _prefill(self, inputs_embeds, cache, attention_mask=None):
         return self.lm_logits(self.llama(inputs_embeds, attention_mask, cache=cache, last_only=True)[:, -1])
 
     @paddle.no_grad()
@@ -270,7 +282,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         on_host = HostPasses.of(self, cache, 1)
         if on_host is not None:
             return paddle.to_tensor(on_host.step(ids.numpy()[:, 0], cache))
-        return self.prefill(self.embed(ids), cache)
+        return self._prefill(self._embed_text(ids), cache)
 
     @paddle.no_grad()
     def generate(
