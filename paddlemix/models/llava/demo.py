@@ -58,8 +58,8 @@ BLIND_NOTE = (
 )
 SEEING_NOTE = (
     "This is the built-in demonstration model, which is small. It knows pictures of one to four flat coloured shapes on a "
-    "pale ground (circle, rectangle, triangle, star, diamond, cross): what they are, how many, and where. It often "
-    "compares two places wrongly, and makes up what it says about other pictures, photographs too."
+    "pale ground (circle, rectangle, triangle, star, diamond, cross): what they are, how many, and where. One "
+    "comparison of two places in seven is wrong, and what it says about other pictures, photographs too, is made up."
 )
 
 _FORMAT = 2  # raised when a folder put together by older code must not be used any more
