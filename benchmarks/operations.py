@@ -110,8 +110,8 @@ def of_a_step():
 
     layers = [[drawn(*size) for size in sizes] for _ in range(LAYERS)]
     head = drawn(VOCABULARY, WIDTH)
-    linears = [[linear(paddle.to_tensor(weight)) for weight in layer] for layer in layers]
-    narrow = [[linear(each.weight.astype("bfloat16")) for each in layer] for layer in linears]
+    linears = [[linear(weight) for weight in layer] for layer in layers]
+    narrow = [[linear(weight, "bfloat16") for weight in layer] for layer in layers]
     embedding = nn.Embedding(VOCABULARY, WIDTH)
     embedding.weight.set_value(head)
 
@@ -148,13 +148,12 @@ def of_a_step():
     return rows
 
 
-def linear(weight):
-    """A Linear of these numbers, which stay where they are."""
-    layer = nn.Linear(1, 1, bias_attr=False)
-    layer.weight = paddle.create_parameter(weight.shape, str(weight.dtype).replace("paddle.", ""))
-    layer.weight.get_tensor()._share_data_with(weight.get_tensor())
+def linear(weight, dtype="float32"):
+    """A Linear of these numbers."""
+    layer = nn.Linear(*weight.shape, bias_attr=False)
+    layer.weight.set_value(weight)
     layer.eval()
-    return layer
+    return layer.to(dtype=dtype)
 
 
 def of_a_tower_layer():

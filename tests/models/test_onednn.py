@@ -46,8 +46,9 @@ def test_a_linear_layer(shape, bias):
     np.testing.assert_allclose(result.numpy(), by_numpy(layer, x), atol=1e-4)
 
 
-def test_activations_are_those_of_paddle():
-    x, gate, up, wide = numbers(3, 7, 48), linear(48, 40, bias=False), linear(48, 40, bias=False), linear(48, 96)
+@pytest.mark.parametrize("shape", [(3, 7, 48), (577, 48), (1, 65, 48)])
+def test_activations_are_those_of_paddle(shape):
+    x, gate, up, wide = numbers(*shape), linear(48, 40, bias=False), linear(48, 40, bias=False), linear(48, 96)
     with_gradient = project_swiglu(gate, up, x), project_quick_gelu(wide, x)
     with paddle.no_grad():
         without = project_swiglu(gate, up, x), project_quick_gelu(wide, x)

@@ -179,6 +179,15 @@ class Products:
             factor: [rows, outer] in float32, by which the results are multiplied.
             add: the results are added to what is in ``result``.
         """
+        if rows > 64 and rows % 16 == 1:
+            # A row more than full blocks costs a third of the time where oneDNN finds no even share, as with the 577 tokens
+            # of a picture of 336 pixels.
+            whole, options = rows - 1, {"turned": turned, "bias": bias, "swish": swish, "add": add}
+            self(x, weight, result, whole, inner, outer, dtype, factor=factor, **options)
+            x, result = x + whole * inner * (2 if dtype == "bfloat16" else 4), result + 4 * whole * outer
+            factor = None if factor is None else factor + 4 * whole * outer
+            self(x, weight, result, 1, inner, outer, dtype, factor=factor, **options)
+            return
         shape = rows, inner, outer, dtype, turned, bias is not None, swish, factor is not None, add
         kernel = self._kernel("_matmul", *shape)
         kernel(*(each for each in (x, weight, result, bias, factor) if each is not None))
