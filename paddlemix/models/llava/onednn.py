@@ -38,10 +38,6 @@ class _Argument(ctypes.Structure):
     _fields_ = [("argument", c_int), ("memory", c_void_p)]
 
 
-class _Status(Exception):
-    """oneDNN has refused."""
-
-
 _SIGNATURES = {
     "dnnl_engine_create": [POINTER(c_void_p), c_int, c_size_t],
     "dnnl_stream_create": [POINTER(c_void_p), c_void_p, c_int],
@@ -92,7 +88,7 @@ class _Kernel:
     def __init__(self, library, engine, stream):
         self._library, self._engine, self._stream = library, engine, stream
         self._primitive, self._memories, self._descriptors = None, [], []
-        self._arguments, self._roles = None, []
+        self._arguments = None
 
     def descriptor(self, rows: int, columns: int, dtype: str, turned: bool = False) -> c_void_p:
         made, sizes = c_void_p(), (c_int64 * 2)(rows, columns)
@@ -119,9 +115,7 @@ class _Kernel:
         library = self._library
         for memory, address in zip(self._memories, addresses):
             library.dnnl_memory_set_data_handle(memory, address)
-        status = library.dnnl_primitive_execute(self._primitive, self._stream, len(self._memories), self._arguments)
-        if status:
-            raise RuntimeError(f"oneDNN couldn't compute a product (status {status}).")
+        _check(library.dnnl_primitive_execute(self._primitive, self._stream, len(self._memories), self._arguments))
 
     def __del__(self):
         for memory in self._memories:
@@ -134,7 +128,7 @@ class _Kernel:
 
 def _check(status: int) -> None:
     if status:
-        raise _Status(f"status {status}")
+        raise RuntimeError(f"oneDNN refuses, with status {status}")
 
 
 class Products:
@@ -287,7 +281,7 @@ def _find() -> Optional[ctypes.CDLL]:
                 _try_out(compute)
                 library.have_bfloat16 = _has_bfloat16(compute)
                 _library = library
-            except (OSError, AttributeError, RuntimeError, _Status) as error:
+            except (OSError, AttributeError, RuntimeError) as error:
                 logger.info("Products go through Paddle: oneDNN can't be used here (%s).", error)
             _looked = True
     return _library
@@ -345,7 +339,7 @@ def _try_out(compute: Products) -> None:
         differs(swish * other, swish=1.5, factor=places[2]),
     )
     if any(wrong):
-        raise _Status(f"kinds {np.flatnonzero(wrong).tolist()} of kernels come out wrong")
+        raise RuntimeError(f"kinds {np.flatnonzero(wrong).tolist()} of kernels come out wrong")
 
 
 def _has_bfloat16(compute: Products) -> bool:
@@ -372,7 +366,7 @@ def _has_bfloat16(compute: Products) -> bool:
             (product(narrow[1], swish=1.5), swish),
             (product(narrow[1], factor=factor.ctypes.data), right * factor),
         )
-    except (RuntimeError, _Status):
+    except RuntimeError:
         return False
     rounded = all(np.allclose(one, other, rtol=2**-8) for one, other in zip((x, weight, bias), wide))
     return rounded and all(np.allclose(one, other, atol=1e-3) for one, other in pairs)
