@@ -203,7 +203,7 @@ class _Compute:
 
 
 def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # a third of the time of ``array.ctypes.data``
+    return array.__array_interface__["data"][0]  # without the object that ``array.ctypes`` makes
 
 
 def _by_numpy(x, weight, turned, silu, factor, add) -> np.ndarray:
