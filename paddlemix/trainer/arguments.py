@@ -203,6 +203,9 @@ class FinetuneArguments(TrainingArguments):
 
     def __post_init__(self):
         self.device = check_device(vars(self))
+        # Paddle's autocast has no bfloat16 on a CPU; the products compute in it by themselves
+        self.bfloat16_products = self.bf16 and self.device.startswith("cpu") and self.fp16_opt_level != "O0"
+        self.bf16 = self.bf16 and not self.device.startswith("cpu")
         if self.run_name is not None and self.logging_dir is None and self.output_dir is not None:
             self.logging_dir = os.path.join(self.output_dir, "runs", self.run_name)
         if self.do_train is None:
@@ -283,6 +286,8 @@ def check_device(settings: Dict[str, Any]) -> str:
     """The device of a run; refuses one that Paddle lacks, and half precision where it can't be computed."""
     import paddle
 
+    from paddlemix.models.llava.onednn import have_bfloat16
+
     device = settings.get("device")
     if settings.get("no_cuda"):
         device = "cpu"
@@ -296,11 +301,15 @@ def check_device(settings: Dict[str, Any]) -> str:
         have.append("gpu")
     if kind not in have:
         raise UserError(f"device is {device!r}, which this Paddle doesn't have; expected one of {', '.join(have)}.")
-    for half in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+    if settings.get("fp16") and kind == "cpu":
+        raise UserError("fp16 is true, but Paddle has no float16 on a CPU; use bf16 or a GPU instead.")
+    for half in ("bf16_full_eval", "fp16_full_eval"):
         if settings.get(half) and kind == "cpu":
-            raise UserError(
-                f"{half} is true, but Paddle computes in float32 only on a CPU; set {half} to false or use a GPU."
-            )
+            raise UserError(f"{half} is true, but on a CPU evaluation computes in float32; set {half} to false.")
+    if settings.get("bf16") and kind == "cpu" and not have_bfloat16():
+        raise UserError(
+            "bf16 is true, but this CPU, or the oneDNN of this Paddle, can't multiply in bfloat16; set bf16 to false."
+        )
     if settings.get("bf16") and kind == "gpu" and not paddle.amp.is_bfloat16_supported():
         raise UserError("bf16 is true, but this GPU has no bfloat16; use fp16 instead.")
     if settings.get("use_flash_attention") and kind == "cpu":

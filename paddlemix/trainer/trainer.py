@@ -26,6 +26,7 @@ from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.parallel import BatchLoader
 from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSampler
 from paddlemix.errors import UserError
+from paddlemix.models.llava.linear import bfloat16_products
 from paddlemix.trainer.arguments import FinetuneArguments
 from paddlemix.trainer.batches import COUNT_KEY, GlobalBatchLoader, WithoutLabels
 from paddlemix.trainer.callbacks import LogFileCallback, MetricsFileCallback, ProgressCallback, StopCallback
@@ -229,12 +230,13 @@ class LlavaTrainer(Trainer):
         noise = contextlib.nullcontext()
         if self.noise is not None:
             noise = self.noise.on(batch["attention_mask"], batch.get("segment_ids"))
-        with noise, self.autocast_smart_context_manager():
-            output = model(**batch, loss_reduction="sum")
-            loss = output.loss * (self._ranks / total)
-            if self._ranks > 1 and batch.get("pixel_values") is None:
-                loss = loss + self._no_picture_term()
-        (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
+        with bfloat16_products() if self.args.bfloat16_products else contextlib.nullcontext():
+            with noise, self.autocast_smart_context_manager():
+                output = model(**batch, loss_reduction="sum")
+                loss = output.loss * (self._ranks / total)
+                if self._ranks > 1 and batch.get("pixel_values") is None:
+                    loss = loss + self._no_picture_term()
+            (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
         if step_control + 1 == self.args.gradient_accumulation_steps:
             self._tokens_seen += total
             if self._ranks > 1:

@@ -39,15 +39,41 @@ def test_rms_norm(trained):
     check(lambda x, w: lean.rms_norm(x, w, 1e-5), formula, x, weight)
 
 
+@pytest.mark.parametrize(
+    "trained", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_layer_norm(trained):
+    x, weight, bias = (tensor(*shape, seed=1, trained=t) for shape, t in zip(((2, 5, 24), (24,), (24,)), trained))
+    x.set_value(3 * x.detach() + 2)
+
+    def formula(x, weight, bias):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * paddle.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * weight + bias
+
+    check(lambda x, weight, bias: lean.layer_norm(x, weight, bias, 1e-5), formula, x, weight, bias)
+
+
+def test_quick_gelu():
+    check(lean.quick_gelu, lambda x: x * F.sigmoid(1.702 * x), tensor(2, 5, 24))
+
+
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 def test_swiglu(trained):
     gate, up = (tensor(2, 5, 12, seed=i, trained=trained[i]) for i in (0, 1))
     check(lean.swiglu, lambda gate, up: gate * F.sigmoid(gate) * up, gate, up)
 
 
-def test_swiglu_of_large_numbers():
+@pytest.mark.parametrize("served", [True, False])
+def test_swish_of_large_numbers(monkeypatch, served):
+    """With oneDNN and without."""
+    if not served:
+        monkeypatch.setattr(lean, "products", lambda: None)
     gate = paddle.to_tensor([[[-200.0, -30.0, 0.0, 30.0, 200.0]] * 2])
-    np.testing.assert_allclose(lean.swiglu(gate, paddle.ones_like(gate)).numpy()[0, 0], [0, 0, 0, 30, 200], atol=1e-5)
+    gate.stop_gradient = False
+    result = lean.swiglu(gate, paddle.ones_like(gate))
+    result.sum().backward()
+    np.testing.assert_allclose(result.numpy()[0, 0], [0, 0, 0, 30, 200], atol=1e-5)
+    np.testing.assert_allclose(gate.grad.numpy()[0, 0], [0, 0, 0.5, 1, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -269,7 +269,7 @@ def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
         ({"freeze_include": ["*"]}, ["nothing is left to train"]),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ["dataloader_drop_last", "64"]),
         ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
-        ({"bf16": True, "device": "cpu"}, ["bf16"]),
+        ({"fp16": True, "device": "cpu"}, ["fp16", "bf16"]),
         ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
         ({"pretrain_mm_mlp_adapter": "gone.bin"}, ["gone.bin"]),
         ({"resume_from_checkpoint": True}, ["no whole checkpoint"]),

@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava import onednn
 from paddlemix.trainer.arguments import FinetuneArguments, check_device, read_settings
 
 SHIPPED = Path(__file__).parents[2] / "paddlemix" / "config" / "llava"
@@ -196,9 +197,9 @@ def test_a_second_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"bf16": True}, ["bf16", "float32 only on a CPU"]),
-        ({"fp16": True}, ["fp16", "float32 only on a CPU"]),
-        ({"fp16_full_eval": True}, ["fp16_full_eval"]),
+        ({"fp16": True}, ["fp16", "on a CPU", "bf16"]),
+        ({"fp16_full_eval": True}, ["fp16_full_eval", "float32"]),
+        ({"bf16_full_eval": True}, ["bf16_full_eval", "float32"]),
         ({"use_flash_attention": True}, ["use_flash_attention"]),
         ({"device": "gpu"}, ["device", "gpu", "cpu"]),
     ],
@@ -207,6 +208,13 @@ def test_a_device_that_cannot_do_it(changes, words):
     with pytest.raises(UserError) as caught:
         check_device(changes)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_bfloat16_needs_a_processor_that_multiplies_in_it(monkeypatch):
+    monkeypatch.setattr(onednn, "have_bfloat16", lambda: False)
+    with pytest.raises(UserError, match="bf16 is true, but this CPU"):
+        check_device({"bf16": True, "device": "cpu"})
+    assert check_device({"bf16": False, "device": "cpu"}) == "cpu"
 
 
 def test_default_device_is_one_that_paddle_has():

@@ -7,6 +7,7 @@ import pytest
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.errors import UserError
+from paddlemix.models.llava.onednn import have_bfloat16
 from paddlemix.trainer.adapters import add_lora
 from paddlemix.trainer.arguments import FinetuneArguments
 from paddlemix.trainer.callbacks import read_log
@@ -80,6 +81,28 @@ def test_recompute_changes_nothing(tmp_path, lora):
     np.testing.assert_allclose(again[0], plain[0], rtol=1e-6)
     for name, value in plain[1].items():
         np.testing.assert_allclose(again[1][name], value, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("lora, dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
+def test_products_in_bfloat16(tmp_path, lora, dropout):
+    """``bf16`` on a CPU: nearly the losses of float32, weights in float32; nothing of it at level O0."""
+    if not have_bfloat16():
+        with pytest.raises(UserError, match="bf16 is true, but this CPU"):
+            FinetuneArguments(output_dir=str(tmp_path), device="cpu", bf16=True)
+        return
+    options = dict(lora=lora, lora_dropout=dropout, per_device_train_batch_size=4)
+    data = Samples(samples(12))
+    exact = train(tmp_path / "float32", data, **options)
+    rounded = train(tmp_path / "bfloat16", data, bf16=True, **options)
+    again = train(tmp_path / "again", data, bf16=True, recompute=True, **options)
+    off = train(tmp_path / "off", data, bf16=True, fp16_opt_level="O0", **options)
+    assert off[0] == exact[0] and rounded[0] != exact[0]
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=5e-3)
+    np.testing.assert_allclose(again[0], rounded[0], rtol=1e-6)
+    for name, value in rounded[1].items():
+        assert value.dtype == np.float32
+        # six steps of 3e-3 at most
+        np.testing.assert_allclose(value, exact[1][name], atol=1.2e-2, err_msg=name)
 
 
 def test_packing_gives_the_loss_of_the_samples_alone(tmp_path):

@@ -2,12 +2,12 @@
 and take fewer and cheaper kernels.
 
 On a CPU three things cost far more than their arithmetic: a broadcast along leading axes (ten to forty times an
-operation on full shapes), a mean over the last axis (a product with ones takes a tenth of it), and a sigmoid (half of
-which a tanh saves). Elsewhere Paddle's fused kernels are used where they have a gradient.
+operation on full shapes), a mean over the last axis (a product with ones takes a tenth of it), and a sigmoid (oneDNN's
+takes a tenth of it). Elsewhere Paddle's fused kernels are used where they have a gradient.
 """
 
 import ctypes
-from typing import Tuple
+from typing import Optional, Tuple
 
 import numpy as np
 import paddle
@@ -15,7 +15,21 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
-__all__ = ["Rotation", "host_view", "on_cpu", "rms_norm", "rotate", "swiglu", "turn", "widened", "working_dtype"]
+from paddlemix.models.llava.onednn import Products, products
+
+__all__ = [
+    "Rotation",
+    "host_view",
+    "layer_norm",
+    "on_cpu",
+    "quick_gelu",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+    "turn",
+    "widened",
+    "working_dtype",
+]
 
 
 def on_cpu() -> bool:
@@ -86,6 +100,49 @@ class _RMSNorm(PyLayer):
         return grad_x, grad_weight
 
 
+# layer norm
+
+
+def layer_norm(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float) -> paddle.Tensor:
+    """x [..., D] less its mean over its spread, times weight [D], plus bias [D] (Ba et al., 2016)."""
+    weight, bias = widened(weight, x), widened(bias, x)
+    if on_cpu() and _needs_gradient(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, epsilon)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+class _LayerNorm(PyLayer):
+    """Sums as products with ones: a third of the time that Paddle's gradient takes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        ctx.fixed = x.stop_gradient, weight.stop_gradient, bias.stop_gradient
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved, weight = ctx.saved_tensor()
+        width = saved.shape[-1]
+        means = paddle.full([width, 1], 1 / width)
+        x, grad = (tensor.reshape([-1, width]) for tensor in (saved, grad))
+        along = paddle.ones([1, x.shape[0]])
+        x = x - paddle.matmul(x, means)
+        inverse = paddle.rsqrt(paddle.matmul(x * x, means) + ctx.epsilon)  # [N, 1]
+        x = x * inverse
+        grad_x = grad_weight = grad_bias = None
+        if not ctx.fixed[2]:
+            grad_bias = paddle.matmul(along, grad).reshape([width])
+        if not ctx.fixed[1]:
+            grad_weight = paddle.matmul(along, grad * x).reshape([width])
+        if not ctx.fixed[0]:
+            scaled = grad * weight
+            centred = scaled - paddle.matmul(scaled, means) - x * paddle.matmul(scaled * x, means)
+            grad_x = (centred * inverse).reshape(saved.shape)
+        return grad_x, grad_weight, grad_bias
+
+
 # rotary positions
 
 
@@ -152,21 +209,63 @@ class _Rotate(PyLayer):
         return grad * cos - turned * sin, None, None
 
 
-# SwiGLU
+# swish: x * sigmoid(alpha * x), which is SiLU for 1 and CLIP's GELU for 1.702
+
+
+def quick_gelu(x: paddle.Tensor) -> paddle.Tensor:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    if not on_cpu():
+        return x * F.sigmoid(1.702 * x)
+    return _QuickGELU.apply(x) if _needs_gradient(x) else _swish(x, 1.702)
 
 
 def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up (Shazeer, 2020)."""
     if gate.shape[-2] == 1 or not on_cpu():
         return F.swiglu(gate, up)  # for one token the number of kernels counts
-    return _SwiGLU.apply(gate, up) if _needs_gradient(gate, up) else _silu(gate)[0] * up
+    return _SwiGLU.apply(gate, up) if _needs_gradient(gate, up) else _swish(gate) * up
 
 
-def _silu(x: paddle.Tensor) -> Tuple[paddle.Tensor, paddle.Tensor]:
-    """x * sigmoid(x) and tanh(x / 2), of which sigmoid is half plus half."""
-    half = x * 0.5
-    turned = paddle.tanh(half)
-    return half * turned + half, turned
+def _kernels(*tensors: paddle.Tensor) -> Optional[Products]:
+    """oneDNN's, where they can read these."""
+    if not on_cpu() or not paddle.in_dynamic_mode():
+        return None
+    plain = all(x.dtype == paddle.float32 and x.is_contiguous() and 0 not in x.shape for x in tensors)
+    return products() if plain else None
+
+
+def _swish(x: paddle.Tensor, alpha: float = 1.0) -> paddle.Tensor:
+    kernels = _kernels(x)
+    if kernels is None:
+        half = x * (0.5 * alpha)
+        return x * (paddle.tanh(half) * 0.5 + 0.5)  # half of the time of a sigmoid
+    result = paddle.empty_like(x)
+    kernels.swish(x.data_ptr(), result.data_ptr(), x.size, alpha)
+    return result
+
+
+def _swish_back(x: paddle.Tensor, grad: paddle.Tensor, alpha: float = 1.0) -> paddle.Tensor:
+    """``grad`` times the slope at ``x``."""
+    kernels = _kernels(x, grad)
+    if kernels is None:
+        sigmoid = paddle.tanh(x * (0.5 * alpha)) * 0.5 + 0.5
+        return grad * sigmoid * (1.0 + alpha * x * (1.0 - sigmoid))
+    result = paddle.empty_like(x)
+    kernels.swish_back(x.data_ptr(), grad.data_ptr(), result.data_ptr(), x.size, alpha)
+    return result
+
+
+class _QuickGELU(PyLayer):
+    """Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _swish(x, 1.702)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _swish_back(*ctx.saved_tensor(), grad, 1.702)
 
 
 class _SwiGLU(PyLayer):
@@ -176,12 +275,10 @@ class _SwiGLU(PyLayer):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         ctx.fixed = gate.stop_gradient, up.stop_gradient
-        return _silu(gate)[0] * up
+        return _swish(gate) * up
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensor()
-        silu, turned = _silu(gate)
-        sigmoid = turned * 0.5 + 0.5
-        grad_gate = None if ctx.fixed[0] else grad * up * (sigmoid + silu * (1.0 - sigmoid))
-        return grad_gate, None if ctx.fixed[1] else grad * silu
+        grad_gate = None if ctx.fixed[0] else _swish_back(gate, grad * up)
+        return grad_gate, None if ctx.fixed[1] else grad * _swish(gate)

@@ -1,30 +1,73 @@
-"""Linear layers: ``layer(x)``, by oneDNN where nothing learns and the layer is nothing but its weights.
+"""Linear layers: ``layer(x)``, on a CPU by oneDNN where the layer is nothing but its weights, or these and an adapter.
 
-On a CPU weights in bfloat16 are served by oneDNN alone: what they meet is rounded to bfloat16, and what comes out is float32.
+There weights in bfloat16 are served by oneDNN alone: what they meet is rounded to bfloat16, and what comes out is float32.
+They can't learn; but products of float32 weights, which do, can be computed in bfloat16 (:func:`bfloat16_products`).
 """
 
+import contextlib
 import math
-from typing import Optional
+import sys
+import threading
+from typing import Iterator, Optional, Tuple
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
+from paddle.autograd import PyLayer
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.lean import on_cpu, swiglu
+from paddlemix.models.llava.lean import on_cpu, quick_gelu, swiglu
 from paddlemix.models.llava.onednn import have_bfloat16, products
 
-__all__ = ["project", "project_back", "project_quick_gelu", "project_swiglu", "quick_gelu"]
+__all__ = ["bfloat16_products", "project", "project_back", "project_quick_gelu", "project_swiglu"]
+
+
+class _Precision(threading.local):
+    bfloat16 = False  # of products of float32 weights
+
+
+_precision = _Precision()
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Within it, on a CPU, linear layers round both sides of their products to bfloat16, forward and backward, and add up
+    in float32; weights, gradients, logits of tied embeddings and all between products stay float32. Where layers are
+    recomputed, the backward pass belongs into it too.
+
+    Raises:
+        UserError: this CPU can't multiply in bfloat16.
+    """
+    check_bfloat16()
+    before, _precision.bfloat16 = _precision.bfloat16, True
+    try:
+        yield
+    finally:
+        _precision.bfloat16 = before
+
+
+def check_bfloat16() -> None:
+    """Refuses a CPU, or a Paddle, that can't multiply in bfloat16."""
+    if not have_bfloat16():
+        raise UserError("this CPU, or the oneDNN of this Paddle, can't multiply in bfloat16; use float32.")
 
 
 def project(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)``: x [..., in] to [..., out]."""
-    if not _is_bare(layer):
+    bare = _is_bare(layer)
+    if not bare and not _is_adapted(layer):
         _refuse_bfloat16(layer)
         return layer(x)
     weight, bias = layer.weight, layer.bias
-    if _computed_here(x, weight, bias):
+    if bare and _computed_here(x, weight, bias):
         return _multiply(x, weight, bias)
+    if _fits(x, weight, bias) and weight.dtype == paddle.float32 and products() is not None:
+        if not bare:
+            return _project_adapted(layer, x)
+        if _learns(x, weight, bias):
+            return _Product.apply(x, weight, bias, _precision.bfloat16)
+    if not bare:
+        _refuse_bfloat16(layer)
+        return layer(x)
     if bias is None and not layer.training:
         return paddle.matmul(x, weight)  # for one token it takes half the time of a Linear
     return layer(x)
@@ -34,7 +77,7 @@ def project_back(embedding: nn.Embedding, x: paddle.Tensor) -> paddle.Tensor:
     """x [..., D] times the turned table of token embeddings [V, D]: logits [..., V]."""
     table = embedding.weight
     if _computed_here(x, table, turned=True):
-        return _multiply(x, table, turned=True)
+        return _multiply(x, table, turned=True, bfloat16=False)
     return paddle.matmul(x, table, transpose_y=True)
 
 
@@ -52,14 +95,21 @@ def project_quick_gelu(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     return quick_gelu(project(layer, x))
 
 
-def quick_gelu(x: paddle.Tensor) -> paddle.Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * F.sigmoid(1.702 * x)
-
-
 def _is_bare(layer: nn.Layer) -> bool:
     """Whether it is a Linear that nobody watches: not an adapter, no hooks."""
     return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_post_hooks)
+
+
+def _is_adapted(layer: nn.Layer) -> bool:
+    """Whether it is a Linear with a low-rank adapter of the usual kind (LoRA), in training, that nobody watches."""
+    peft = sys.modules.get("paddlenlp.peft.lora.lora_layers")  # who has adapters has loaded it
+    return (
+        peft is not None
+        and type(layer) is peft.LoRALinear
+        and layer.training
+        and not (layer.merged or layer.disable_lora or layer.pissa or layer.use_mora or layer.lora_use_mixer)
+        and not (layer._forward_pre_hooks or layer._forward_post_hooks)
+    )
 
 
 def _refuse_bfloat16(layer: nn.Layer) -> None:
@@ -68,6 +118,23 @@ def _refuse_bfloat16(layer: nn.Layer) -> None:
         raise UserError(
             "on a CPU, layers with an adapter or a hook can't compute in bfloat16; merge the adapter, or use float32."
         )
+
+
+def _learns(*tensors: Optional[paddle.Tensor]) -> bool:
+    """Whether a product of these is recorded for a backward pass."""
+    return paddle.is_grad_enabled() and not all(each is None or each.stop_gradient for each in tensors)
+
+
+def _fits(x: paddle.Tensor, weight: paddle.Tensor, bias: Optional[paddle.Tensor] = None, turned: bool = False) -> bool:
+    """Whether oneDNN can read these: on the host, float32, and weights of one type that lie there whole."""
+    if not on_cpu() or not paddle.in_dynamic_mode():
+        return False
+    weights = (weight,) if bias is None else (weight, bias)
+    return (
+        x.dtype == paddle.float32
+        and x.shape[-1] == weight.shape[1 if turned else 0]
+        and all(each.dtype == weight.dtype and each.place.is_cpu_place() and each.is_contiguous() for each in weights)
+    )
 
 
 def _computed_here(
@@ -81,14 +148,8 @@ def _computed_here(
     """
     if not on_cpu() or not paddle.in_dynamic_mode():
         return False
-    weights = (weight,) if bias is None else (weight, bias)
     shape, dtype = x.shape, weight.dtype
-    learns = paddle.is_grad_enabled() and not all(each.stop_gradient for each in (x, *weights))
-    fits = (
-        x.dtype == paddle.float32
-        and shape[-1] == weight.shape[1 if turned else 0]
-        and all(each.dtype == dtype and each.place.is_cpu_place() and each.is_contiguous() for each in weights)
-    )
+    learns, fits = _learns(x, weight, bias), _fits(x, weight, bias, turned)
     if dtype == paddle.float32:
         return fits and not learns and math.prod(shape[:-1]) > 1 and products() is not None
     if dtype != paddle.bfloat16:
@@ -97,8 +158,7 @@ def _computed_here(
         raise UserError(
             "on a CPU, weights in bfloat16 can't learn; answer under paddle.no_grad(), or use float32 to train."
         )
-    if not have_bfloat16():
-        raise UserError("this CPU, or the oneDNN of this Paddle, can't multiply in bfloat16; use float32.")
+    check_bfloat16()
     if not fits:
         raise ValueError(f"a product of {shape} in {x.dtype} with weights {weight.shape} in bfloat16 can't be computed")
     return True
@@ -112,19 +172,20 @@ def _multiply(
     turned: bool = False,
     swish: Optional[float] = None,
     factor: Optional[paddle.Tensor] = None,
+    bfloat16: Optional[bool] = None,
 ) -> paddle.Tensor:
-    kernels, dtype = products(), "float32"
+    """x [..., in] times weight [in, out], or [out, in] with ``turned``; with ``bfloat16`` both are rounded to it, by default
+    within :func:`bfloat16_products`."""
+    bfloat16 = _precision.bfloat16 if bfloat16 is None else bfloat16
     inner, outer = weight.shape[::-1] if turned else weight.shape
     rows = math.prod(x.shape[:-1])
     result = paddle.empty([*x.shape[:-1], outer], "float32")
     if rows == 0:
         return result
-    x = x.contiguous()
-    if weight.dtype == paddle.bfloat16:
-        narrow, dtype = paddle.empty(x.shape, "bfloat16"), "bfloat16"
-        kernels.narrow(x.data_ptr(), narrow.data_ptr(), rows * inner)
-        x = narrow
-    kernels(
+    x, dtype = x.contiguous(), "float32"
+    if bfloat16 or weight.dtype == paddle.bfloat16:
+        x, weight, dtype = _narrow(x), _narrow(weight), "bfloat16"
+    products()(
         x.data_ptr(),
         weight.data_ptr(),
         result.data_ptr(),
@@ -134,7 +195,97 @@ def _multiply(
         dtype,
         turned=turned,
         bias=None if bias is None else bias.data_ptr(),
+        bias_dtype=None if bias is None else bias.dtype.name.lower(),
         swish=swish,
         factor=None if factor is None else factor.data_ptr(),
     )
+    return result
+
+
+def _narrow(x: paddle.Tensor) -> paddle.Tensor:
+    """Rounded to bfloat16, in which it may be already."""
+    if x.dtype == paddle.bfloat16:
+        return x
+    narrow = paddle.empty(x.shape, "bfloat16")
+    products().narrow(x.data_ptr(), narrow.data_ptr(), x.size)
+    return narrow
+
+
+# products that learn
+
+
+class _Product(PyLayer):
+    """x times weight [in, out], and a bias [out]. Paddle's sum over rows, the gradient of a bias, takes ten times as long as
+    the product with ones."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, bfloat16):
+        ctx.save_for_backward(x, weight)
+        ctx.fixed = [each.stop_gradient for each in (x, weight, bias) if each is not None]
+        ctx.bfloat16 = bfloat16
+        return _multiply(x, weight, bias, bfloat16=bfloat16)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensor()
+        kinds = (
+            lambda: _multiply(grad, weight, turned=True, bfloat16=ctx.bfloat16),
+            lambda: _weight_gradient(*_rows(x, grad), ctx.bfloat16),
+            lambda: paddle.matmul(*_rows(paddle.ones([*grad.shape[:-1], 1]), grad), transpose_x=True).flatten(),
+        )
+        return tuple(None if fixed else gradient() for fixed, gradient in zip(ctx.fixed, kinds))
+
+
+class _AdaptedProduct(PyLayer):
+    """x times weight plus scaling * A B, of which A [in, r] and B [r, out] learn (LoRA: Hu et al., 2021), by one product with
+    their sum. Computed again for the backward pass, it costs less than r columns that are taken along."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, bfloat16):
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.fixed = [each.stop_gradient for each in (x, a, b)]
+        ctx.without_bias, ctx.scaling, ctx.bfloat16 = bias is None, scaling, bfloat16
+        return _multiply(x, _adapt(weight, a, b, scaling), bias, bfloat16=bfloat16)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b = ctx.saved_tensor()
+        grad_x = grad_a = grad_b = None
+        if not ctx.fixed[0]:
+            grad_x = _multiply(grad, _adapt(weight, a, b, ctx.scaling), turned=True, bfloat16=ctx.bfloat16)
+        rows, grad = _rows(x, grad)
+        if not ctx.fixed[1]:
+            grad_a = _weight_gradient(rows, paddle.matmul(grad, b, transpose_y=True)) * ctx.scaling
+        if not ctx.fixed[2]:
+            grad_b = _weight_gradient(paddle.matmul(rows, a), grad) * ctx.scaling
+        return (grad_x, *[None] * (1 if ctx.without_bias else 2), grad_a, grad_b)
+
+
+def _project_adapted(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """``layer(x)`` of a Linear with an adapter."""
+    weight, bias, a, b = layer.weight, layer.bias, layer.lora_A, layer.lora_B
+    if layer.use_quick_lora:
+        return _AdaptedProduct.apply(x, weight, bias, a, b, layer.scaling, _precision.bfloat16)
+    plain = _Product.apply(x, weight, bias, _precision.bfloat16)
+    return plain + paddle.matmul(paddle.matmul(layer.lora_dropout(x), a), b) * layer.scaling
+
+
+def _adapt(weight: paddle.Tensor, a: paddle.Tensor, b: paddle.Tensor, scaling: float) -> paddle.Tensor:
+    return paddle.addmm(weight, a, b, alpha=scaling)
+
+
+def _rows(*tensors: paddle.Tensor) -> Tuple[paddle.Tensor, ...]:
+    """[..., D] each to [N, D]."""
+    return tuple(each.reshape([-1, each.shape[-1]]) for each in tensors)
+
+
+def _weight_gradient(x: paddle.Tensor, grad: paddle.Tensor, bfloat16: bool = False) -> paddle.Tensor:
+    """x [N, in] turned, times grad [N, out]."""
+    (count, inner), outer = x.shape, grad.shape[-1]
+    result = paddle.empty([inner, outer], "float32")
+    x, grad = x.contiguous(), grad.contiguous()
+    if bfloat16:
+        x, grad = _narrow(x), _narrow(grad)
+    dtype = "bfloat16" if bfloat16 else "float32"
+    products()(x.data_ptr(), grad.data_ptr(), result.data_ptr(), inner, count, outer, dtype, x_turned=True)
     return result

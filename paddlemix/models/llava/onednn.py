@@ -24,8 +24,9 @@ logger = logging.getLogger("paddlemix.onednn")
 # of dnnl_types.h
 _CPU, _IN_ORDER = 1, 1
 _TYPES = {"bfloat16": 2, "float32": 3}
-_SWISH, _MULTIPLY, _SOFTMAX, _INFERENCE = 0x2C, 0x1FFF1, 0x30000, 96
+_SWISH, _MULTIPLY, _SOFTMAX, _TRAINING, _INFERENCE = 0x2C, 0x1FFF1, 0x30000, 64, 96
 _SOURCE, _SOURCE_1, _RESULT, _WEIGHTS, _BIAS, _FIRST_POST_OP = 1, 2, 17, 33, 41, 32768
+_SOURCE_GRADIENT, _RESULT_GRADIENT = 129, 145
 
 KEPT = 256  # primitives; each is a kernel for one shape
 
@@ -72,6 +73,29 @@ _SIGNATURES = {
         c_void_p,
         c_void_p,
         c_int,
+        c_void_p,
+    ],
+    "dnnl_eltwise_forward_primitive_desc_create": [
+        POINTER(c_void_p),
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_float,
+        c_float,
+        c_void_p,
+    ],
+    "dnnl_eltwise_backward_primitive_desc_create": [
+        POINTER(c_void_p),
+        c_void_p,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_float,
+        c_float,
+        c_void_p,
         c_void_p,
     ],
     "dnnl_reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
@@ -158,7 +182,9 @@ class Products:
         dtype: str = "float32",
         *,
         turned: bool = False,
+        x_turned: bool = False,
         bias: Optional[int] = None,
+        bias_dtype: Optional[str] = None,
         swish: Optional[float] = None,
         factor: Optional[int] = None,
         add: bool = False,
@@ -168,27 +194,38 @@ class Products:
         Args:
             dtype: of x and weight.
             turned: weight lies in memory as [outer, inner].
-            bias: [outer] of ``dtype``, which is added.
+            x_turned: x lies in memory as [inner, rows].
+            bias: [outer] of ``bias_dtype``, by default ``dtype``, which is added.
             swish: a number a: each result r becomes r * sigmoid(a * r).
             factor: [rows, outer] in float32, by which the results are multiplied.
             add: the results are added to what is in ``result``.
         """
-        if rows > 64 and rows % 16 == 1:
+        if rows > 64 and rows % 16 == 1 and not x_turned:
             # A row more than full blocks costs a third of the time where oneDNN finds no even share, as with the 577 tokens
             # of a picture of 336 pixels.
             whole, options = rows - 1, {"turned": turned, "bias": bias, "swish": swish, "add": add}
+            options["bias_dtype"] = bias_dtype
             self(x, weight, result, whole, inner, outer, dtype, factor=factor, **options)
             x, result = x + whole * inner * (2 if dtype == "bfloat16" else 4), result + 4 * whole * outer
             factor = None if factor is None else factor + 4 * whole * outer
             self(x, weight, result, 1, inner, outer, dtype, factor=factor, **options)
             return
-        shape = rows, inner, outer, dtype, turned, bias is not None, swish, factor is not None, add
+        kind = None if bias is None else bias_dtype or dtype
+        shape = rows, inner, outer, dtype, turned, x_turned, kind, swish, factor is not None, add
         kernel = self._kernel("_matmul", *shape)
         kernel(*(each for each in (x, weight, result, bias, factor) if each is not None))
 
     def softmax(self, x: int, rows: int, columns: int) -> None:
         """x [rows, columns] of float32, in place, along its columns."""
         self._kernel("_softmax", rows, columns)(x, x)
+
+    def swish(self, x: int, result: int, size: int, alpha: float) -> None:
+        """x [size] of float32 times sigmoid(alpha * x), into ``result``, which may be x."""
+        self._kernel("_swish", size, alpha)(x, result)
+
+    def swish_back(self, x: int, grad: int, result: int, size: int, alpha: float) -> None:
+        """``grad`` [size] times the slope of :meth:`swish` at ``x``, into ``result``, which may be ``grad``."""
+        self._kernel("_swish_back", size, alpha)(x, grad, result)
 
     def narrow(self, x: int, result: int, size: int) -> None:
         """x [size] of float32 to the nearest numbers of bfloat16, in ``result``."""
@@ -203,13 +240,13 @@ class Products:
             kernel = self._kernels[key] = getattr(self, key[0])(*key[1:])
         return kernel
 
-    def _matmul(self, rows, inner, outer, dtype, turned, bias, swish, factor, add) -> _Kernel:
+    def _matmul(self, rows, inner, outer, dtype, turned, x_turned, bias, swish, factor, add) -> _Kernel:
         library = self._library
         kernel = _Kernel(library, self._engine, self._stream)
-        x, result = kernel.descriptor(rows, inner, dtype), kernel.descriptor(rows, outer, "float32")
+        x, result = kernel.descriptor(rows, inner, dtype, x_turned), kernel.descriptor(rows, outer, "float32")
         roles = {_SOURCE: x, _WEIGHTS: kernel.descriptor(inner, outer, dtype, turned), _RESULT: result}
         if bias:
-            roles[_BIAS] = kernel.descriptor(1, outer, dtype)
+            roles[_BIAS] = kernel.descriptor(1, outer, bias)
         operations, attributes, made = c_void_p(), c_void_p(), c_void_p()
         _check(library.dnnl_post_ops_create(byref(operations)))
         _check(library.dnnl_primitive_attr_create(byref(attributes)))
@@ -235,6 +272,29 @@ class Products:
         create = self._library.dnnl_softmax_forward_primitive_desc_create
         _check(create(byref(made), self._engine, _INFERENCE, _SOFTMAX, layout, layout, 1, None))
         return kernel.finish(made, {_SOURCE: layout, _RESULT: layout})
+
+    def _swish(self, size: int, alpha: float) -> _Kernel:
+        kernel = _Kernel(self._library, self._engine, self._stream)
+        layout = kernel.descriptor(1, size, "float32")
+        return kernel.finish(self._eltwise(layout, alpha, _INFERENCE), {_SOURCE: layout, _RESULT: layout})
+
+    def _swish_back(self, size: int, alpha: float) -> _Kernel:
+        library = self._library
+        kernel, made = _Kernel(library, self._engine, self._stream), c_void_p()
+        layout = kernel.descriptor(1, size, "float32")
+        forward = self._eltwise(layout, alpha, _TRAINING)
+        create = library.dnnl_eltwise_backward_primitive_desc_create
+        try:
+            _check(create(byref(made), self._engine, _SWISH, *[layout] * 3, alpha, 0.0, forward, None))
+        finally:
+            library.dnnl_primitive_desc_destroy(forward)
+        return kernel.finish(made, {_SOURCE: layout, _RESULT_GRADIENT: layout, _SOURCE_GRADIENT: layout})
+
+    def _eltwise(self, layout: c_void_p, alpha: float, purpose: int) -> c_void_p:
+        made = c_void_p()
+        create = self._library.dnnl_eltwise_forward_primitive_desc_create
+        _check(create(byref(made), self._engine, purpose, _SWISH, layout, layout, alpha, 0.0, None))
+        return made
 
     def _reorder(self, size: int) -> _Kernel:
         kernel, made = _Kernel(self._library, self._engine, self._stream), c_void_p()
@@ -326,11 +386,19 @@ def _try_out(compute: Products) -> None:
         compute(*places[:2], result.ctypes.data, 3, 32, 16, **options)
         return not np.allclose(result, expected, atol=1e-4)
 
-    swish = right / (1 + np.exp(-1.5 * right))
+    swish, turned = right / (1 + np.exp(-1.5 * right)), np.ascontiguousarray(x.T)
     shares, powers = other.copy(), np.exp(other)
     compute.softmax(shares.ctypes.data, *shares.shape)
+    swished, slope, sigmoid = np.empty_like(other), other.copy(), 1 / (1 + np.exp(-1.5 * other))
+    compute.swish(places[2], swished.ctypes.data, other.size, 1.5)
+    compute.swish_back(places[2], slope.ctypes.data, slope.ctypes.data, other.size, 1.5)
+    from_turned = np.empty_like(right)
+    compute(turned.ctypes.data, places[1], from_turned.ctypes.data, 3, 32, 16, x_turned=True)
     wrong = (
         not np.allclose(shares, powers / powers.sum(1, keepdims=True), atol=1e-5),
+        not np.allclose(swished, other * sigmoid, atol=1e-5),
+        not np.allclose(slope, other * sigmoid * (1 + 1.5 * other * (1 - sigmoid)), atol=1e-5),
+        not np.allclose(from_turned, right, atol=1e-4),
         differs(right),
         differs(right + bias, bias=bias.ctypes.data),
         differs(right + other, add=True),
@@ -348,9 +416,9 @@ def _has_bfloat16(compute: Products) -> bool:
     wide = [rng.standard_normal(shape, np.float32) for shape in ((3, 32), (32, 16), (1, 16))]
     narrow, factor = [np.empty(each.shape, np.uint16) for each in wide], rng.standard_normal((3, 16), np.float32)
 
-    def product(weight, **options) -> np.ndarray:
+    def product(weight, x=narrow[0], **options) -> np.ndarray:
         result = factor.copy()
-        compute(narrow[0].ctypes.data, weight.ctypes.data, result.ctypes.data, 3, 32, 16, "bfloat16", **options)
+        compute(x.ctypes.data, weight.ctypes.data, result.ctypes.data, 3, 32, 16, "bfloat16", **options)
         return result
 
     try:
@@ -361,7 +429,9 @@ def _has_bfloat16(compute: Products) -> bool:
         swish = right / (1 + np.exp(-1.5 * right))
         pairs = (
             (product(turned, turned=True), right),
+            (product(narrow[1], np.ascontiguousarray(narrow[0].T), x_turned=True), right),
             (product(narrow[1], bias=narrow[2].ctypes.data), right + bias),
+            (product(narrow[1], bias=wide[2].ctypes.data, bias_dtype="float32"), right + wide[2]),
             (product(narrow[1], add=True), right + factor),
             (product(narrow[1], swish=1.5), swish),
             (product(narrow[1], factor=factor.ctypes.data), right * factor),

@@ -11,7 +11,7 @@ from paddle import nn
 
 from paddlemix.models.llava.attention import attend
 from paddlemix.models.llava.configuration import CLIPVisionConfig
-from paddlemix.models.llava.lean import widened
+from paddlemix.models.llava.lean import layer_norm, widened
 from paddlemix.models.llava.linear import project, project_quick_gelu
 
 __all__ = ["CLIPVisionTower", "num_tower_layers"]
@@ -134,8 +134,7 @@ def _patches(layer: nn.Conv2D, x: paddle.Tensor) -> paddle.Tensor:
 
 
 def _normalize(layer: nn.LayerNorm, x: paddle.Tensor) -> paddle.Tensor:
-    """The same for a norm."""
-    weight = widened(layer.weight, x)
-    if weight is layer.weight:
+    """``layer(x)``, the same."""
+    if layer._forward_pre_hooks or layer._forward_post_hooks:
         return layer(x)
-    return F.layer_norm(x, x.shape[-1:], weight, widened(layer.bias, x), layer._epsilon)
+    return layer_norm(x, layer.weight, layer.bias, layer._epsilon)

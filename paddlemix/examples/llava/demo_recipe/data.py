@@ -59,7 +59,6 @@ OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are
 OBJECTS_RELATED = (2, 3, 3, 4, 4, 4)  # of those of stage 5's that ask for relations
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
-CHINESE_SHARE = 0.12  # of the chats about scenes
 
 
 def write_data(
@@ -70,6 +69,7 @@ def write_data(
     instruct_easy: int,
     question_scenes: int,
     question_easy: int,
+    chinese: float,
     seed: int,
 ) -> None:
     """Writes the JSON files of stages 2 (``align``), 3 (``instruct``) and 4 (``questions``) and of the tests, and ``images/``.
@@ -80,6 +80,7 @@ def write_data(
         instruct_scenes: chats about scenes, for stage 3.
         instruct_easy: chats about easy-VQA's train pictures, for stage 3.
         question_scenes, question_easy: the same for stage 4.
+        chinese: share of stage 3's chats about scenes that are in Chinese.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def write_data(
     for number in range(instruct_scenes):
         scene = make_scene(INSTRUCT_SEED + number)
         draw_scene(scene).save(images / f"{scene.seed}.png")
-        say, kinds = (CHINESE, CHINESE_KINDS) if rng.random() < CHINESE_SHARE else (ENGLISH, KINDS)
+        say, kinds = (CHINESE, CHINESE_KINDS) if rng.random() < chinese else (ENGLISH, KINDS)
         rounds = questions.conversation(scene, ROUNDS, rng, kinds, say)
         instruct.append(questions.to_row(f"images/{scene.seed}.png", rounds))
     easy = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)

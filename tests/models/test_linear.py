@@ -1,0 +1,148 @@
+"""Linear layers that learn: forward and gradients are those of Paddle's own, and near to them in bfloat16."""
+
+import contextlib
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from paddlemix.errors import UserError
+from paddlemix.models.llava import linear, onednn
+from paddlemix.models.llava.linear import bfloat16_products, project, project_quick_gelu, project_swiglu
+
+SEED = np.random.default_rng(3)
+
+
+def numbers(*shape):
+    return paddle.to_tensor(SEED.standard_normal(shape).astype("float32"))
+
+
+def dense(inner, outer, bias):
+    layer = nn.Linear(inner, outer, bias_attr=None if bias else False)
+    for parameter in layer.parameters():
+        parameter.set_value(numbers(*parameter.shape))
+    return layer
+
+
+def adapted(inner, outer, bias, dropout=0.0, quick=True):
+    from paddlenlp.peft.lora.lora_layers import LoRALinear
+
+    options = dict(r=3, lora_alpha=6, lora_dropout=dropout, use_quick_lora=quick)
+    layer = LoRALinear(inner, outer, bias_attr=None if bias else False, **options)
+    for parameter in layer.parameters():
+        parameter.set_value(numbers(*parameter.shape))
+    if bias:
+        layer.bias.stop_gradient = True  # as LoRAModel leaves it
+    return layer
+
+
+def gradients(layer, compute, x, weights):
+    """The result, and the gradients of a weighted sum of it: of x and of what learns, by name."""
+    layer.clear_gradients()
+    x = x.clone().detach()
+    x.stop_gradient = False
+    paddle.seed(5)
+    result = compute(x)
+    (result * weights).sum().backward()
+    learnt = {name: value.grad.clone() for name, value in layer.named_parameters() if not value.stop_gradient}
+    return {"result": result, "x": x.grad, **learnt}
+
+
+def check(layer, x, context, tolerance, compute=project, whole=None):
+    """Each part within ``tolerance`` of the largest number of it."""
+    right = gradients(layer, whole or layer, x, weights := numbers(*(whole or layer)(x).shape))
+    with context():
+        found = gradients(layer, lambda x: compute(layer, x), x, weights)
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        value, difference = value.numpy(), (found[name] - value).abs().max()
+        assert found[name].dtype == paddle.float32
+        assert float(difference) <= tolerance * np.abs(value).max(), name
+    return found, right
+
+
+# bfloat16 has eight bits, so a product of two rounded numbers is within 2^-8 of theirs
+PRECISIONS = [(contextlib.nullcontext, 1e-5), (bfloat16_products, 2**-6)]
+
+
+@pytest.fixture(params=PRECISIONS, ids=["float32", "bfloat16"])
+def precision(request):
+    context, tolerance = request.param
+    if context is bfloat16_products and not onednn.have_bfloat16():
+        with pytest.raises(UserError, match="can't multiply in bfloat16"), bfloat16_products():
+            pass
+        context, tolerance = PRECISIONS[0]
+    return context, tolerance
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 48), (81, 48), (1, 1, 48), (48,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer(precision, shape, bias):
+    check(dense(48, 40, bias), numbers(*shape), *precision)
+
+
+@pytest.mark.parametrize("kept", ["weight", "bias", "x"])
+def test_what_does_not_learn_gets_no_gradient(precision, kept):
+    layer, x = dense(16, 8, True), numbers(3, 16)
+    x.stop_gradient = kept == "x"
+    if kept != "x":
+        getattr(layer, kept).stop_gradient = True
+    with precision[0]():
+        project(layer, x).sum().backward()
+    for name, value in (("x", x), *layer.named_parameters()):
+        assert (value.grad is None) == (name == kept), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout, quick", [(0.0, True), (0.0, False), (0.3, False)])
+def test_a_layer_with_an_adapter(precision, bias, dropout, quick):
+    layer = adapted(48, 40, bias, dropout, quick)
+    found, _ = check(layer, numbers(2, 5, 48), *precision)
+    assert found.keys() == {"result", "x", "lora_A", "lora_B"}
+
+
+def test_an_adapter_that_is_switched_off_or_watched_is_left_to_paddle(monkeypatch):
+    def fail(*_):
+        raise AssertionError("computed here")
+
+    monkeypatch.setattr(linear, "_project_adapted", fail)
+    layer, x = adapted(16, 8, False), numbers(3, 16)
+    layer.disable_lora = True
+    np.testing.assert_allclose(project(layer, x).numpy(), (x @ layer.weight).numpy(), atol=1e-4)
+    layer.disable_lora = False
+    layer.register_forward_post_hook(lambda layer, given, result: result * 0)
+    assert float(project(layer, x).abs().max()) == 0
+
+
+def test_activations(precision):
+    class Both(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = dense(48, 40, False), dense(48, 40, False)
+
+    def whole(x):
+        return nn.functional.silu(both.gate(x)) * both.up(x)
+
+    both = Both()
+    # products on either side: their errors add up
+    context, tolerance = precision
+    check(both, numbers(2, 5, 48), context, 3 * tolerance, lambda b, x: project_swiglu(b.gate, b.up, x), whole)
+    single = dense(48, 40, True)
+
+    def gelu(x):
+        y = single(x)
+        return y * nn.functional.sigmoid(1.702 * y)
+
+    check(single, numbers(2, 5, 48), context, 3 * tolerance, project_quick_gelu, gelu)
+
+
+@pytest.mark.skipif(not onednn.have_bfloat16(), reason="this processor has no bfloat16")
+def test_the_precision_ends_with_its_block():
+    layer, x = dense(48, 40, True), numbers(4, 48)
+    with pytest.raises(KeyError), bfloat16_products():
+        rounded = project(layer, x)
+        raise KeyError
+    exact = layer(x)
+    assert float((rounded - exact).abs().max()) > 1e-3
+    np.testing.assert_allclose(project(layer, x).numpy(), exact.numpy(), atol=1e-5)
