@@ -1,10 +1,11 @@
 """Fine-tuning figures of this project beside transformers + PEFT, in turn, on the same model and data.
 
-    python benchmarks/finetune.py --peer-python PEER/bin/python [--steps 12] [--batch 4] [--repeats 1]
+    python benchmarks/finetune.py --peer-python PEER/bin/python [--steps 12] [--batch 4] [--repeats 1] [--bfloat16]
 
 The model is the built-in default one, the data easy-VQA; both are made under ``--folder`` on the first run. Both
 sides train in float32 with two threads on the same batches in the same order: ours through
-``supervised_finetune.py`` with ``"benchmark": true``, theirs in a loop of its own (forward, backward, AdamW). The
+``supervised_finetune.py`` with ``"benchmark": true``, theirs in a loop of its own (forward, backward, AdamW). With
+``--bfloat16`` both train in mixed precision too: ours with ``"bf16": true``, theirs under ``torch.autocast``. The
 peer's environment holds ``torch==2.13.0 "transformers<5" peft``. Prints a Markdown table.
 """
 
@@ -76,9 +77,10 @@ def ours(folder: Path, config: dict, threads: int) -> dict:
     return {"tokens_per_second": speed, "peak_mb": float(peak) * {"GB": 1024, "MB": 1}[unit[0] + "B"]}
 
 
-def theirs(folder: Path, batches: Path, lora: bool, arguments) -> dict:
+def theirs(folder: Path, batches: Path, lora: bool, bfloat16: bool, arguments) -> dict:
     command = [arguments.peer_python, str(HERE / "finetune_torch.py"), str(folder / "huggingface"), str(batches)]
     command += ["--threads", str(arguments.threads)] + (["--lora"] if lora else [])
+    command += ["--bfloat16"] if bfloat16 else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -115,6 +117,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--bfloat16", action="store_true", help="mixed precision too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks/finetune"))
     arguments = parser.parse_args()
@@ -128,11 +131,14 @@ def main():
         "| run | supervised tokens/s: paddle | transformers + PEFT | ratio | peak MB: paddle | transformers | ratio |"
     )
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name, changes in (("LoRA", LORA), ("full", {})):
+    runs = {"LoRA": LORA, "full": {}}
+    if arguments.bfloat16:
+        runs.update({f"{name}, bfloat16": {**changes, "bf16": True} for name, changes in runs.items()})
+    for name, changes in runs.items():
         results = {"ours": [], "theirs": []}
         for _ in range(arguments.repeats):
             results["ours"].append(ours(folder, {**base, **changes}, arguments.threads))
-            results["theirs"].append(theirs(folder, batches, bool(changes), arguments))
+            results["theirs"].append(theirs(folder, batches, "lora" in changes, "bf16" in changes, arguments))
 
         def median(side, key, results=results):
             return statistics.median(result[key] for result in results[side])

@@ -17,6 +17,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("batches")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -44,7 +45,8 @@ def main():
         batch["input_ids"] = torch.where(batch["input_ids"] == IMAGE, image_token, batch["input_ids"])
         if f"{step}:pixel_values" in held.files:
             batch["pixel_values"] = torch.from_numpy(held[f"{step}:pixel_values"])
-        loss = model(**batch).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bfloat16):
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -2,9 +2,10 @@
 
     python benchmarks/operations.py
 
-Prints four Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
-SmolLM2-135M; operations of the last block of a layer's attention that reads 2048; all products with weights of one decoding
-step there, by Paddle, by NumPy and by oneDNN; and the parts of a layer of the ViT-L/14-336 tower.
+Prints Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
+SmolLM2-135M, and what learning adds to them; operations of the last block of a layer's attention that reads 2048; all products
+with weights of one decoding step there, by Paddle, by NumPy and by oneDNN; its scores; and the parts of a layer of the
+ViT-L/14-336 tower.
 """
 
 import statistics
@@ -24,7 +25,9 @@ import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
 from paddlemix.models.llava.attention import BLOCK, attend  # noqa: E402
-from paddlemix.models.llava.linear import project, project_back, project_quick_gelu, quick_gelu  # noqa: E402
+from paddlemix.models.llava.host_passes import scores_of_few  # noqa: E402
+from paddlemix.models.llava.lean import layer_norm, quick_gelu, swiglu  # noqa: E402
+from paddlemix.models.llava.linear import bfloat16_products, project, project_back, project_quick_gelu  # noqa: E402
 from paddlemix.models.llava.onednn import products  # noqa: E402
 from paddlemix.models.llava.tensor_files import empty  # noqa: E402
 
@@ -74,8 +77,38 @@ def of_a_layer():
         ("the same as a product with ones", milliseconds(lambda: paddle.matmul(hidden, ones) / WIDTH)),
         ("SwiGLU, F.swiglu", milliseconds(lambda: F.swiglu(gate, up))),
         ("SwiGLU by tanh", milliseconds(swiglu_by_tanh)),
+        ("SwiGLU by oneDNN's swish", milliseconds(lambda: swiglu(gate, up))),
     ]
     return rows
+
+
+def of_learning():
+    """Forward and backward pass of what learns, 4 x 256 tokens."""
+    x, layer = paddle.randn([ROWS, TOKENS, WIDTH]), nn.Linear(WIDTH, MLP)
+    norm = nn.LayerNorm(WIDTH)
+    grad, grad_norm = paddle.randn([ROWS, TOKENS, MLP]), paddle.randn([ROWS, TOKENS, WIDTH])
+    x.stop_gradient = False
+    flat, ones = grad.reshape([-1, MLP]), paddle.ones([1, ROWS * TOKENS])
+
+    def learn(compute, grad):
+        paddle.autograd.backward([compute()], [grad])
+        for each in (x, *layer.parameters(), *norm.parameters()):
+            each.clear_gradient(False)
+
+    def in_bfloat16():
+        with bfloat16_products():
+            learn(lambda: project(layer, x), grad)
+
+    written_out = (lambda: layer_norm(x, norm.weight, norm.bias, 1e-5)), grad_norm
+    return [
+        ("a product with a bias, Paddle", milliseconds(learn, lambda: layer(x), grad)),
+        ("the same, oneDNN", milliseconds(learn, lambda: project(layer, x), grad)),
+        ("the same, oneDNN, bfloat16", milliseconds(in_bfloat16)),
+        ("gradient of a bias: a sum over rows", milliseconds(lambda: flat.sum(0))),
+        ("the same as a product with ones", milliseconds(lambda: paddle.matmul(ones, flat))),
+        ("layer norm, Paddle", milliseconds(learn, lambda: norm(x), grad_norm)),
+        ("the same, its gradient written out", milliseconds(learn, *written_out)),
+    ]
 
 
 def of_a_long_prefill():
@@ -160,6 +193,29 @@ def of_a_step():
     return rows
 
 
+def of_a_steps_attention():
+    """Scores of a step's queries, three to a key head of 64, over keys in all layers, by NumPy."""
+    random = np.random.default_rng(0)
+    rows = []
+    for context in (64, 640, 2048):
+        keys = [random.standard_normal((1, KEYS // 64, context, 64), np.float32) for _ in range(LAYERS)]
+        query = random.standard_normal((1, KEYS // 64, 3, 64), np.float32)
+
+        def plain(keys=keys, query=query):
+            for each in keys:
+                query @ each.transpose(0, 1, 3, 2)
+
+        def turned(keys=keys, query=query):
+            for each in keys:
+                scores_of_few(query, each)
+
+        rows += [
+            (f"{context} keys: queries times keys", milliseconds(plain)),
+            (f"{context} keys: keys times queries, turned", milliseconds(turned)),
+        ]
+    return rows
+
+
 def linear(weight, dtype="float32"):
     """A Linear of these numbers."""
     layer = nn.Linear(*weight.shape, bias_attr=False)
@@ -188,8 +244,10 @@ def of_a_tower_layer():
 def main():
     for title, measure in (
         ("a layer, 4 x 256 tokens", of_a_layer),
+        ("learning, 4 x 256 tokens", of_learning),
         ("the last block of attention, 2048 tokens", of_a_long_prefill),
         ("a decoding step", of_a_step),
+        ("scores of a decoding step", of_a_steps_attention),
         ("a layer of the tower", of_a_tower_layer),
     ):
         print(f"\n| {title} | ms |\n|---|---|")

@@ -18,6 +18,7 @@ from paddlemix.models.llava.onednn import have_bfloat16, products, widen
 
 __all__ = ["HostPasses"]
 
+FEW_QUERIES = 8  # of a key head
 MOST_ROWS = 64  # beyond it NumPy's single thread takes longer than Paddle's kernels
 
 
@@ -137,7 +138,11 @@ class HostPasses:
                 bias, compute = bias if bias is None else bias[..., -1:, :], _Compute(batch, self.dtype)
             asked = query.shape[1]
             query = query.reshape(batch, asked, groups, -1, width).transpose(0, 2, 3, 1, 4)  # [B, G, R, T, K]
-            scores = query.reshape(batch, groups, -1, width) @ keys[:, :, :stop].transpose(0, 1, 3, 2)
+            queries, seen = query.reshape(batch, groups, -1, width), keys[:, :, :stop]
+            if queries.shape[2] <= FEW_QUERIES:
+                scores = scores_of_few(queries, seen)
+            else:
+                scores = queries @ seen.transpose(0, 1, 3, 2)
             if bias is not None:
                 shaped = scores.reshape(batch, groups, -1, asked, stop)
                 shaped += bias
@@ -215,6 +220,12 @@ def _by_numpy(x, weight, turned, silu, factor, add) -> np.ndarray:
     if add is not None:
         add += result
     return result
+
+
+def scores_of_few(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """query [B, G, N, K] times keys [B, G, S, K], turned: [B, G, N, S]; half of the time where few queries share a key head."""
+    turned = keys @ np.ascontiguousarray(query.transpose(0, 1, 3, 2))
+    return np.ascontiguousarray(turned.transpose(0, 1, 3, 2))
 
 
 def _bias(cache: KVCache, tokens: int, stop: int) -> Optional[np.ndarray]:

@@ -2,8 +2,8 @@
 and take fewer and cheaper kernels.
 
 On a CPU three things cost far more than their arithmetic: a broadcast along leading axes (ten to forty times an
-operation on full shapes), a mean over the last axis (a product with ones takes a tenth of it), and a sigmoid (oneDNN's
-takes a tenth of it). Elsewhere Paddle's fused kernels are used where they have a gradient.
+operation on full shapes), a mean over the last axis (a product with ones takes a tenth of it), and F.swiglu (with oneDNN's
+swish it takes a fifth). Elsewhere Paddle's fused kernels are used where they have a gradient.
 """
 
 import ctypes
@@ -112,7 +112,7 @@ def layer_norm(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, eps
 
 
 class _LayerNorm(PyLayer):
-    """Sums as products with ones: a third of the time that Paddle's gradient takes."""
+    """Sums as products with ones, which take less than Paddle's gradient does."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon):
