@@ -231,7 +231,7 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--chinese_share", type=float, default=0.0, help="of stage 3's chats about scenes")
     parser.add_argument("--question_scenes", type=int, default=1400, help="chats of stage 4 about scenes")
     parser.add_argument("--question_easy_vqa", type=int, default=150, help="chats of stage 4 about easy-VQA")
-    parser.add_argument("--relation_scenes", type=int, default=2400, help="chats of stage 5 about scenes")
+    parser.add_argument("--relation_scenes", type=int, default=1800, help="chats of stage 5 about scenes")
     parser.add_argument("--relation_easy_vqa", type=int, default=80, help="chats of stage 5 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
