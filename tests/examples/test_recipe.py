@@ -183,6 +183,7 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
             instruct_easy=3,
             question_scenes=4,
             question_easy=2,
+            chinese=0.5,
             seed=1,
         )
     for file in (
@@ -198,6 +199,9 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
             messages, images = parse_row(row)
             assert len(images) == 1 and (tmp_path / "a" / images[0]).is_file() and messages
     assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673
+    chinese = re.compile("[\u4e00-\u9fff]")
+    assert chinese.search((tmp_path / "a" / "instruct.json").read_text())
+    assert not chinese.search((tmp_path / "a" / "questions.json").read_text())
     for file in ("instruct.json", "questions.json"):
         trained = (tmp_path / "a" / file).read_text()
         assert "test/images" not in trained and "train/images" in trained
