@@ -144,3 +144,17 @@ def test_a_library_that_computes_something_else_is_left_alone(monkeypatch):
     monkeypatch.setattr(onednn, "_looked", False)
     monkeypatch.setattr(onednn, "_library", None)
     assert onednn._find() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows, columns", [(1, 7), (16, 48), (80, 33), (5, 1)])
+def test_what_is_turned_keeps_its_bits(dtype, rows, columns):
+    """Among them those of numbers that are none; what lies beside is left alone."""
+    if dtype == "bfloat16" and not onednn.have_bfloat16():
+        return
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    x = RNG.integers(0, np.iinfo(bits).max, (rows, columns), bits, endpoint=True)
+    result = np.full((columns, rows + 3), 5, bits)
+    onednn.products().turn(x.ctypes.data, result[:, 2:].ctypes.data, rows, columns, rows + 3, dtype)
+    np.testing.assert_array_equal(result[:, 2 : rows + 2], x.T)
+    assert (result[:, :2] == 5).all() and (result[:, rows + 2 :] == 5).all()

@@ -23,6 +23,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts, published_configs
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.hub import local_tower, resolve, resolve_tower
+from paddlemix.models.llava.onednn import keep_to_one_thread
 from paddlemix.models.llava.tensor_files import (
     FLOAT_DTYPES,
     WEIGHT_FILES,
@@ -328,7 +329,7 @@ def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Sourc
             copied.append(name)
         else:
             assign(parameter, values)
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(_WORKERS, initializer=keep_to_one_thread) as pool:
         pending = [pool.submit(load, name) for name in copied[: 2 * _WORKERS]]
         for i, name in enumerate(copied):
             assign(parameters[name], pending.pop(0).result())

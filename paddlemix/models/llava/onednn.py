@@ -17,7 +17,7 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 import paddle
 
-__all__ = ["Products", "have_bfloat16", "products", "widen"]
+__all__ = ["Products", "have_bfloat16", "keep_to_one_thread", "products", "widen"]
 
 logger = logging.getLogger("paddlemix.onednn")
 
@@ -114,9 +114,11 @@ class _Kernel:
         self._primitive, self._memories, self._descriptors = None, [], []
         self._arguments = None
 
-    def descriptor(self, rows: int, columns: int, dtype: str, turned: bool = False) -> c_void_p:
+    def descriptor(
+        self, rows: int, columns: int, dtype: str, turned: bool = False, stride: Optional[int] = None
+    ) -> c_void_p:
         made, sizes = c_void_p(), (c_int64 * 2)(rows, columns)
-        strides = (c_int64 * 2)(*((1, rows) if turned else (columns, 1)))
+        strides = (c_int64 * 2)(*((1, stride or rows) if turned else (stride or columns, 1)))
         _check(self._library.dnnl_memory_desc_create_with_strides(byref(made), 2, sizes, _TYPES[dtype], strides))
         self._descriptors.append(made)
         return made
@@ -231,6 +233,10 @@ class Products:
         """x [size] of float32 to the nearest numbers of bfloat16, in ``result``."""
         self._kernel("_reorder", size)(x, result)
 
+    def turn(self, x: int, result: int, rows: int, columns: int, stride: int, dtype: str = "float32") -> None:
+        """x [rows, columns] into ``result`` [columns, rows], whose rows are ``stride`` numbers apart."""
+        self._kernel("_turn", rows, columns, stride, dtype)(x, result)
+
     def _kernel(self, *key) -> _Kernel:
         """What the method that is named first makes of the rest; made once, while there are no more than KEPT."""
         kernel = self._kernels.get(key)
@@ -297,11 +303,18 @@ class Products:
         return made
 
     def _reorder(self, size: int) -> _Kernel:
-        kernel, made = _Kernel(self._library, self._engine, self._stream), c_void_p()
-        wide, narrow = kernel.descriptor(1, size, "float32"), kernel.descriptor(1, size, "bfloat16")
-        engine = self._engine
-        _check(self._library.dnnl_reorder_primitive_desc_create(byref(made), wide, engine, narrow, engine, None))
-        return kernel.finish(made, {_SOURCE: wide, _RESULT: narrow})
+        kernel = _Kernel(self._library, self._engine, self._stream)
+        return self._move(kernel, kernel.descriptor(1, size, "float32"), kernel.descriptor(1, size, "bfloat16"))
+
+    def _turn(self, rows: int, columns: int, stride: int, dtype: str) -> _Kernel:
+        kernel = _Kernel(self._library, self._engine, self._stream)
+        given = kernel.descriptor(columns, rows, dtype, turned=True)
+        return self._move(kernel, given, kernel.descriptor(columns, rows, dtype, stride=stride))
+
+    def _move(self, kernel: _Kernel, given: c_void_p, wanted: c_void_p) -> _Kernel:
+        engine, made = self._engine, c_void_p()
+        _check(self._library.dnnl_reorder_primitive_desc_create(byref(made), given, engine, wanted, engine, None))
+        return kernel.finish(made, {_SOURCE: given, _RESULT: wanted})
 
 
 # finding it
@@ -364,10 +377,16 @@ def _load() -> ctypes.CDLL:
     return library
 
 
+def keep_to_one_thread() -> None:
+    """For a thread of Python that works beside others, before it first asks for :func:`products`."""
+    _threads.alone = True
+
+
 def _use_paddles_threads() -> None:
     """As many as Paddle uses. Paddle's OpenMP counts for oneDNN too, and Paddle sets it to one at its import."""
     names = "FLAGS_paddle_num_threads", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
     threads = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "1")
+    threads = "1" if getattr(_threads, "alone", False) else threads
     try:
         ctypes.CDLL(str(_folder() / "libiomp5.so")).omp_set_num_threads(int(threads))
     except (OSError, AttributeError) as error:
@@ -392,13 +411,15 @@ def _try_out(compute: Products) -> None:
     swished, slope, sigmoid = np.empty_like(other), other.copy(), 1 / (1 + np.exp(-1.5 * other))
     compute.swish(places[2], swished.ctypes.data, other.size, 1.5)
     compute.swish_back(places[2], slope.ctypes.data, slope.ctypes.data, other.size, 1.5)
-    from_turned = np.empty_like(right)
+    from_turned, laid = np.empty_like(right), np.zeros((16, 5), np.float32)
+    compute.turn(places[2], laid.ctypes.data, 3, 16, 5)
     compute(turned.ctypes.data, places[1], from_turned.ctypes.data, 3, 32, 16, x_turned=True)
     wrong = (
         not np.allclose(shares, powers / powers.sum(1, keepdims=True), atol=1e-5),
         not np.allclose(swished, other * sigmoid, atol=1e-5),
         not np.allclose(slope, other * sigmoid * (1 + 1.5 * other * (1 - sigmoid)), atol=1e-5),
         not np.allclose(from_turned, right, atol=1e-4),
+        not np.array_equal(laid[:, :3], other.T) or laid[:, 3:].any(),
         differs(right),
         differs(right + bias, bias=bias.ctypes.data),
         differs(right + other, add=True),

@@ -319,8 +319,7 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
             piece = piece.reshape(count, columns)
             if tensor.dtype != dtype:
                 piece = convert(piece, tensor.dtype, dtype)
-            for row in range(0, count, tile):
-                out[:, start + row : start + row + tile] = piece[row : row + tile].T
+            _turn_into(out, start, piece, dtype)
         return
     flat = out.reshape(-1)
     if tensor.dtype == dtype:
@@ -331,6 +330,22 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
         piece = _buffer(stored, min(step, flat.size - start))
         tensor.read_into(piece, start)
         convert(piece, tensor.dtype, dtype, out=flat[start : start + piece.size])
+
+
+def _turn_into(out: np.ndarray, start: int, piece: np.ndarray, dtype: str) -> None:
+    """Writes ``piece`` [N, I] turned to columns ``start`` to ``start`` + N of ``out`` [I, O]."""
+    kernels = None
+    if dtype in ("float32", "bfloat16") and "paddle" in sys.modules and piece.size:
+        from paddlemix.models.llava.onednn import products
+
+        kernels = products()
+    if kernels is not None and (dtype == "float32" or kernels.have_bfloat16):  # in a third of the time
+        place = out.ctypes.data + start * out.itemsize
+        kernels.turn(piece.ctypes.data, place, *piece.shape, out.shape[1], dtype)
+        return
+    tile = _CACHE_LINE // out.itemsize
+    for row in range(0, len(piece), tile):
+        out[:, start + row : start + row + tile] = piece[row : row + tile].T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
