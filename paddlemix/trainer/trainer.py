@@ -664,7 +664,7 @@ class LlavaTrainer(Trainer):
             yield batch
 
     def _evaluation_precision(self):
-        """``fp16_full_eval`` and ``bf16_full_eval``, else the precision of training."""
+        """``fp16_full_eval`` and ``bf16_full_eval``, else the precision of training; float32 on a CPU."""
         if self.args.fp16_full_eval or self.args.bf16_full_eval:
             half = "float16" if self.args.fp16_full_eval else "bfloat16"
             return paddle.amp.auto_cast(level="O2", dtype=half)

@@ -102,6 +102,38 @@ def test_a_layer_with_an_adapter(precision, bias, dropout, quick):
     assert found.keys() == {"result", "x", "lora_A", "lora_B"}
 
 
+def test_a_small_adapter_is_not_lost_to_rounding(precision):
+    """What it adds is far below a bit of the weights."""
+    layer, x = adapted(48, 40, False), numbers(6, 48)
+    layer.lora_B.set_value(layer.lora_B * 1e-4)
+    expected = (x @ layer.lora_A @ layer.lora_B * layer.scaling).numpy()
+    with precision[0]():
+        added = project(layer, x)
+        layer.lora_B.set_value(layer.lora_B * 0.0)
+        added = (added - project(layer, x)).numpy()
+    np.testing.assert_allclose(added, expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_an_adapted_layer_that_learns_itself(precision, part):
+    layer = adapted(48, 40, True)
+    getattr(layer, part).stop_gradient = False
+    layer._use_quick_lora = False
+    found = gradients(layer, layer, numbers(2, 5, 48), numbers(2, 5, 40))
+    layer._use_quick_lora = True
+    with precision[0]():
+        x = numbers(2, 5, 48)
+        project(layer, x).sum().backward()
+    assert part in found and float(getattr(layer, part).grad.abs().max()) > 0
+
+
+def test_no_rows_at_all(precision):
+    layer = dense(16, 8, True)
+    with precision[0]():
+        project(layer, paddle.zeros([0, 16])).sum().backward()
+    assert float(layer.weight.grad.abs().max()) == 0 and float(layer.bias.grad.abs().max()) == 0
+
+
 def test_an_adapter_that_is_switched_off_or_watched_is_left_to_paddle(monkeypatch):
     def fail(*_):
         raise AssertionError("computed here")

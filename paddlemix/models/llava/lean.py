@@ -125,9 +125,9 @@ class _LayerNorm(PyLayer):
     def backward(ctx, grad):
         saved, weight = ctx.saved_tensor()
         width = saved.shape[-1]
-        means = paddle.full([width, 1], 1 / width)
+        means = paddle.full([width, 1], 1 / width, saved.dtype)
         x, grad = (tensor.reshape([-1, width]) for tensor in (saved, grad))
-        along = paddle.ones([1, x.shape[0]])
+        along = paddle.ones([1, x.shape[0]], saved.dtype)
         x = x - paddle.matmul(x, means)
         inverse = paddle.rsqrt(paddle.matmul(x * x, means) + ctx.epsilon)  # [N, 1]
         x = x * inverse

@@ -241,18 +241,18 @@ class _AdaptedProduct(PyLayer):
     their sum. Computed again for the backward pass, it costs less than r columns that are taken along."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, bfloat16):
+    def forward(ctx, x, weight, bias, a, b, scaling):
         ctx.save_for_backward(x, weight, a, b)
         ctx.fixed = [each.stop_gradient for each in (x, a, b)]
-        ctx.without_bias, ctx.scaling, ctx.bfloat16 = bias is None, scaling, bfloat16
-        return _multiply(x, _adapt(weight, a, b, scaling), bias, bfloat16=bfloat16)
+        ctx.without_bias, ctx.scaling = bias is None, scaling
+        return _multiply(x, _adapt(weight, a, b, scaling), bias, bfloat16=False)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, a, b = ctx.saved_tensor()
         grad_x = grad_a = grad_b = None
         if not ctx.fixed[0]:
-            grad_x = _multiply(grad, _adapt(weight, a, b, ctx.scaling), turned=True, bfloat16=ctx.bfloat16)
+            grad_x = _multiply(grad, _adapt(weight, a, b, ctx.scaling), turned=True, bfloat16=False)
         rows, grad = _rows(x, grad)
         if not ctx.fixed[1]:
             grad_a = _weight_gradient(rows, paddle.matmul(grad, b, transpose_y=True)) * ctx.scaling
@@ -264,8 +264,10 @@ class _AdaptedProduct(PyLayer):
 def _project_adapted(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)`` of a Linear with an adapter."""
     weight, bias, a, b = layer.weight, layer.bias, layer.lora_A, layer.lora_B
-    if layer.use_quick_lora:
-        return _AdaptedProduct.apply(x, weight, bias, a, b, layer.scaling, _precision.bfloat16)
+    # one matrix would lose most of a small adapter to rounding in bfloat16, and weights that learn need a gradient of their own
+    frozen = weight.stop_gradient and (bias is None or bias.stop_gradient)
+    if layer.use_quick_lora and frozen and not _precision.bfloat16:
+        return _AdaptedProduct.apply(x, weight, bias, a, b, layer.scaling)
     plain = _Product.apply(x, weight, bias, _precision.bfloat16)
     return plain + paddle.matmul(paddle.matmul(layer.lora_dropout(x), a), b) * layer.scaling
 
@@ -282,6 +284,8 @@ def _rows(*tensors: paddle.Tensor) -> Tuple[paddle.Tensor, ...]:
 def _weight_gradient(x: paddle.Tensor, grad: paddle.Tensor, bfloat16: bool = False) -> paddle.Tensor:
     """x [N, in] turned, times grad [N, out]."""
     (count, inner), outer = x.shape, grad.shape[-1]
+    if count == 0:
+        return paddle.zeros([inner, outer], "float32")
     result = paddle.empty([inner, outer], "float32")
     x, grad = x.contiguous(), grad.contiguous()
     if bfloat16:
