@@ -249,7 +249,7 @@ def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: 
     for part, count in count_parts(model).items():
         logger.info("  %-14s %15s of %15s", part, f"{count.trained:,}", f"{count.total:,}")
     if args.bfloat16_products:
-        logger.info("Products are computed in bfloat16; weights, gradients and all between the products stay float32.")
+        logger.info("Linear layers multiply in bfloat16; weights, gradients, adapters and all else stay float32.")
     ranks = args.dataset_world_size
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     logger.info(

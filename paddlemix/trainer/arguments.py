@@ -203,9 +203,10 @@ class FinetuneArguments(TrainingArguments):
 
     def __post_init__(self):
         self.device = check_device(vars(self))
-        # Paddle's autocast has no bfloat16 on a CPU; the products compute in it by themselves
+        # Paddle's autocast has no bfloat16 on a CPU; the products compute in it by themselves, at O1 and O2 alike
         self.bfloat16_products = self.bf16 and self.device.startswith("cpu") and self.fp16_opt_level != "O0"
-        self.bf16 = self.bf16 and not self.device.startswith("cpu")
+        if self.device.startswith("cpu"):
+            self.bf16 = self.amp_master_grad = False  # gradients are float32 anyway
         if self.run_name is not None and self.logging_dir is None and self.output_dir is not None:
             self.logging_dir = os.path.join(self.output_dir, "runs", self.run_name)
         if self.do_train is None:
@@ -235,7 +236,8 @@ class FinetuneArguments(TrainingArguments):
 
     def to_dict(self) -> Dict[str, Any]:
         """Settings as they may be shown: the key of an account isn't among them."""
-        return {key: value for key, value in super().to_dict().items() if key not in SECRETS}
+        shown = {key: value for key, value in super().to_dict().items() if key not in SECRETS}
+        return {**shown, "bf16": self.bf16 or self.bfloat16_products}
 
     def to_sanitized_dict(self) -> Dict[str, Any]:
         """Settings for the reporting integrations; VisualDL's writer takes no booleans."""
@@ -286,7 +288,7 @@ def check_device(settings: Dict[str, Any]) -> str:
     """The device of a run; refuses one that Paddle lacks, and half precision where it can't be computed."""
     import paddle
 
-    from paddlemix.models.llava.onednn import have_bfloat16
+    from paddlemix.models.llava.onednn import multiplies_in_bfloat16
 
     device = settings.get("device")
     if settings.get("no_cuda"):
@@ -306,7 +308,8 @@ def check_device(settings: Dict[str, Any]) -> str:
     for half in ("bf16_full_eval", "fp16_full_eval"):
         if settings.get(half) and kind == "cpu":
             raise UserError(f"{half} is true, but on a CPU evaluation computes in float32; set {half} to false.")
-    if settings.get("bf16") and kind == "cpu" and not have_bfloat16():
+    rounds = settings.get("bf16") and settings.get("fp16_opt_level") != "O0"
+    if rounds and kind == "cpu" and not multiplies_in_bfloat16():
         raise UserError(
             "bf16 is true, but this CPU, or the oneDNN of this Paddle, can't multiply in bfloat16; set bf16 to false."
         )

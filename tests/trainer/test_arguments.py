@@ -211,10 +211,18 @@ def test_a_device_that_cannot_do_it(changes, words):
 
 
 def test_bfloat16_needs_a_processor_that_multiplies_in_it(monkeypatch):
-    monkeypatch.setattr(onednn, "have_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "multiplies_in_bfloat16", lambda: False)
     with pytest.raises(UserError, match="bf16 is true, but this CPU"):
         check_device({"bf16": True, "device": "cpu"})
     assert check_device({"bf16": False, "device": "cpu"}) == "cpu"
+    assert check_device({"bf16": True, "fp16_opt_level": "O0", "device": "cpu"}) == "cpu"
+
+
+def test_bfloat16_on_a_cpu_is_among_the_settings_that_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(onednn, "multiplies_in_bfloat16", lambda: True)
+    for level, shown in (("O0", False), ("O1", True), ("O2", True)):
+        args = FinetuneArguments(output_dir=str(tmp_path), device="cpu", bf16=True, fp16_opt_level=level)
+        assert args.to_dict()["bf16"] is args.bfloat16_products is shown and args.compute_dtype == "float32"
 
 
 def test_default_device_is_one_that_paddle_has():

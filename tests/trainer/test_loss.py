@@ -7,7 +7,7 @@ import pytest
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.errors import UserError
-from paddlemix.models.llava.onednn import have_bfloat16
+from paddlemix.models.llava.onednn import multiplies_in_bfloat16
 from paddlemix.trainer.adapters import add_lora
 from paddlemix.trainer.arguments import FinetuneArguments
 from paddlemix.trainer.callbacks import read_log
@@ -86,7 +86,7 @@ def test_recompute_changes_nothing(tmp_path, lora):
 @pytest.mark.parametrize("lora, dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
 def test_products_in_bfloat16(tmp_path, lora, dropout):
     """``bf16`` on a CPU: nearly the losses of float32, weights in float32; nothing of it at level O0."""
-    if not have_bfloat16():
+    if not multiplies_in_bfloat16():
         with pytest.raises(UserError, match="bf16 is true, but this CPU"):
             FinetuneArguments(output_dir=str(tmp_path), device="cpu", bf16=True)
         return
@@ -99,10 +99,13 @@ def test_products_in_bfloat16(tmp_path, lora, dropout):
     assert off[0] == exact[0] and rounded[0] != exact[0]
     np.testing.assert_allclose(rounded[0], exact[0], rtol=5e-3)
     np.testing.assert_allclose(again[0], rounded[0], rtol=1e-6)
+    paddle.seed(1)
+    begun = tiny_model()
+    begun = dict(named_model_parameters(add_lora(begun, dropout=dropout) if lora else begun))
     for name, value in rounded[1].items():
         assert value.dtype == np.float32
-        # six steps of 3e-3 at most
-        np.testing.assert_allclose(value, exact[1][name], atol=1.2e-2, err_msg=name)
+        one, other = (weights[1][name] - begun[name].numpy() for weights in (rounded, exact))
+        assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.9, name
 
 
 def test_packing_gives_the_loss_of_the_samples_alone(tmp_path):

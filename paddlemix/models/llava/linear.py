@@ -30,9 +30,9 @@ _precision = _Precision()
 
 @contextlib.contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Within it, on a CPU, linear layers round both sides of their products to bfloat16, forward and backward, and add up
-    in float32; weights, gradients, logits of tied embeddings and all between products stay float32. Where layers are
-    recomputed, the backward pass belongs into it too.
+    """Within it, on a CPU, plain linear layers round both sides of their products to bfloat16, forward and backward, and
+    add up in float32. Weights, gradients, what adapters add, layers with hooks, attention, logits of tied embeddings and all
+    between products stay float32. Where layers are recomputed, the backward pass belongs into it too.
 
     Raises:
         UserError: this CPU can't multiply in bfloat16.
@@ -151,7 +151,8 @@ def _computed_here(
     shape, dtype = x.shape, weight.dtype
     learns, fits = _learns(x, weight, bias), _fits(x, weight, bias, turned)
     if dtype == paddle.float32:
-        return fits and not learns and math.prod(shape[:-1]) > 1 and products() is not None
+        several = math.prod(shape[:-1]) > 1 or _precision.bfloat16
+        return fits and not learns and several and products() is not None
     if dtype != paddle.bfloat16:
         return False
     if learns:
@@ -211,7 +212,7 @@ def _narrow(x: paddle.Tensor) -> paddle.Tensor:
     return narrow
 
 
-# products that learn
+# products that learn; unlike Paddle's own they don't notice a tensor that is overwritten before the backward pass
 
 
 class _Product(PyLayer):

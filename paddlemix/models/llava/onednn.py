@@ -17,7 +17,7 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 import paddle
 
-__all__ = ["Products", "have_bfloat16", "keep_to_one_thread", "products", "widen"]
+__all__ = ["Products", "have_bfloat16", "keep_to_one_thread", "multiplies_in_bfloat16", "products", "widen"]
 
 logger = logging.getLogger("paddlemix.onednn")
 
@@ -27,6 +27,9 @@ _TYPES = {"bfloat16": 2, "float32": 3}
 _SWISH, _MULTIPLY, _SOFTMAX, _TRAINING, _INFERENCE = 0x2C, 0x1FFF1, 0x30000, 64, 96
 _SOURCE, _SOURCE_1, _RESULT, _WEIGHTS, _BIAS, _FIRST_POST_OP = 1, 2, 17, 33, 41, 32768
 _SOURCE_GRADIENT, _RESULT_GRADIENT = 129, 145
+_BFLOAT16_UNITS = (
+    0x80  # of dnnl_cpu_isa_t: AVX512_BF16; without it oneDNN imitates bfloat16 and takes longer than in float32
+)
 
 KEPT = 256  # primitives; each is a kernel for one shape
 
@@ -39,7 +42,9 @@ class _Argument(ctypes.Structure):
     _fields_ = [("argument", c_int), ("memory", c_void_p)]
 
 
+_ELTWISE = [c_void_p, c_void_p, c_float, c_float]  # two layouts, alpha and beta
 _SIGNATURES = {
+    "dnnl_get_effective_cpu_isa": [],
     "dnnl_engine_create": [POINTER(c_void_p), c_int, c_size_t],
     "dnnl_stream_create": [POINTER(c_void_p), c_void_p, c_int],
     "dnnl_engine_destroy": [c_void_p],
@@ -75,28 +80,14 @@ _SIGNATURES = {
         c_int,
         c_void_p,
     ],
-    "dnnl_eltwise_forward_primitive_desc_create": [
-        POINTER(c_void_p),
-        c_void_p,
-        c_int,
-        c_int,
-        c_void_p,
-        c_void_p,
-        c_float,
-        c_float,
-        c_void_p,
-    ],
+    "dnnl_eltwise_forward_primitive_desc_create": [POINTER(c_void_p), c_void_p, c_int, c_int, *_ELTWISE, c_void_p],
     "dnnl_eltwise_backward_primitive_desc_create": [
         POINTER(c_void_p),
         c_void_p,
         c_int,
         c_void_p,
-        c_void_p,
-        c_void_p,
-        c_float,
-        c_float,
-        c_void_p,
-        c_void_p,
+        *_ELTWISE,
+        *[c_void_p] * 2,
     ],
     "dnnl_reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "dnnl_primitive_create": [POINTER(c_void_p), c_void_p],
@@ -341,6 +332,11 @@ def have_bfloat16() -> bool:
     """Whether weights in bfloat16 can be multiplied on this CPU."""
     kernels = products()
     return kernels is not None and kernels.have_bfloat16
+
+
+def multiplies_in_bfloat16() -> bool:
+    """Whether this CPU has instructions for such products, so that they take less time than those in float32."""
+    return have_bfloat16() and bool(_library.dnnl_get_effective_cpu_isa() & _BFLOAT16_UNITS)
 
 
 def _find() -> Optional[ctypes.CDLL]:

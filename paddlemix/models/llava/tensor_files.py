@@ -334,12 +334,12 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
 
 def _turn_into(out: np.ndarray, start: int, piece: np.ndarray, dtype: str) -> None:
     """Writes ``piece`` [N, I] turned to columns ``start`` to ``start`` + N of ``out`` [I, O]."""
-    kernels = None
+    kernels = None  # who has not loaded Paddle, as when files are converted, does without
     if dtype in ("float32", "bfloat16") and "paddle" in sys.modules and piece.size:
         from paddlemix.models.llava.onednn import products
 
         kernels = products()
-    if kernels is not None and (dtype == "float32" or kernels.have_bfloat16):  # in a third of the time
+    if kernels is not None and (dtype == "float32" or kernels.have_bfloat16):
         place = out.ctypes.data + start * out.itemsize
         kernels.turn(piece.ctypes.data, place, *piece.shape, out.shape[1], dtype)
         return

@@ -148,12 +148,12 @@ class Recipe:
 
     def _finetune(self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
-        from paddlemix.models.llava.onednn import have_bfloat16
+        from paddlemix.models.llava.onednn import multiplies_in_bfloat16
 
         config = json.loads((HERE / shipped).read_text(encoding="utf-8"))
         config["model_name_or_path"] = str(model)
         config["output_dir"] = str(self.out / name)
-        config["bf16"] = have_bfloat16()  # takes two thirds of the time
+        config["bf16"] = multiplies_in_bfloat16()
         if adapter is not None:
             config["lora_path"] = str(adapter)
         for entry, file in zip(config["dataset"]["train"], data):
@@ -226,12 +226,12 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--table_steps", type=int, default=2600, help="steps of 64 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=100, help="rows of stage 2")
-    parser.add_argument("--instruct_scenes", type=int, default=1000, help="chats of stage 3 about scenes")
-    parser.add_argument("--instruct_easy_vqa", type=int, default=400, help="chats of stage 3 about easy-VQA")
-    parser.add_argument("--chinese_share", type=float, default=0.0, help="of stage 3's chats about scenes")
-    parser.add_argument("--question_scenes", type=int, default=1400, help="chats of stage 4 about scenes")
-    parser.add_argument("--question_easy_vqa", type=int, default=150, help="chats of stage 4 about easy-VQA")
-    parser.add_argument("--relation_scenes", type=int, default=1800, help="chats of stage 5 about scenes")
+    parser.add_argument("--instruct_scenes", type=int, default=1400, help="chats of stage 3 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--chinese_share", type=float, default=0.12, help="of stage 3's chats about scenes")
+    parser.add_argument("--question_scenes", type=int, default=2000, help="chats of stage 4 about scenes")
+    parser.add_argument("--question_easy_vqa", type=int, default=200, help="chats of stage 4 about easy-VQA")
+    parser.add_argument("--relation_scenes", type=int, default=2400, help="chats of stage 5 about scenes")
     parser.add_argument("--relation_easy_vqa", type=int, default=80, help="chats of stage 5 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
