@@ -10,7 +10,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
-from paddlemix.models.llava.lean import on_cpu
+from paddlemix.models.llava.lean import host_view, on_cpu
 from paddlemix.models.llava.onednn import products
 
 __all__ = ["AttentionMask", "attend", "causal_bias", "masked_score"]
@@ -278,7 +278,10 @@ def _add_at(total, more, low, seen, whole):
         if seen - low == whole.shape[2]:
             return more
         total = paddle.zeros(whole.shape, more.dtype)
-    total[:, :, low:seen] = total[:, :, low:seen] + more
+    if on_cpu() and total.dtype == paddle.float32:
+        host_view(total)[:, :, low:seen] += host_view(more.contiguous())  # a tenth of the time of Paddle's assignment
+    else:
+        total[:, :, low:seen] = total[:, :, low:seen] + more
     return total
 
 

@@ -94,10 +94,16 @@ class _RMSNorm(PyLayer):
             grad_weight = paddle.matmul(inverse, grad * x, transpose_x=True)  # [1, D]: the sum over rows
             grad_weight = grad_weight.reshape([width]).astype(weight.dtype)
         if not ctx.fixed[0]:
-            scaled = grad * weight.astype("float32")
+            scaled = grad * _filled(weight.astype("float32"), x)
             share = paddle.matmul(scaled * x, ones) * inverse**3 / width
-            grad_x = (scaled * inverse - x * share).reshape(saved.shape).astype(saved.dtype)
+            grad_x = scaled * _filled(inverse, x) - x * _filled(share, x)
+            grad_x = grad_x.reshape(saved.shape).astype(saved.dtype)
         return grad_x, grad_weight
+
+
+def _filled(part: paddle.Tensor, whole: paddle.Tensor) -> paddle.Tensor:
+    """A row [D] or a column [N, 1] that meets ``whole`` [N, D]; on a CPU in that full shape."""
+    return part.expand(whole.shape) if on_cpu() else part
 
 
 # layer norm
@@ -128,8 +134,8 @@ class _LayerNorm(PyLayer):
         means = paddle.full([width, 1], 1 / width, saved.dtype)
         x, grad = (tensor.reshape([-1, width]) for tensor in (saved, grad))
         along = paddle.ones([1, x.shape[0]], saved.dtype)
-        x = x - paddle.matmul(x, means)
-        inverse = paddle.rsqrt(paddle.matmul(x * x, means) + ctx.epsilon)  # [N, 1]
+        x = x - _filled(paddle.matmul(x, means), x)
+        inverse = _filled(paddle.rsqrt(paddle.matmul(x * x, means) + ctx.epsilon), x)
         x = x * inverse
         grad_x = grad_weight = grad_bias = None
         if not ctx.fixed[2]:
@@ -137,8 +143,9 @@ class _LayerNorm(PyLayer):
         if not ctx.fixed[1]:
             grad_weight = paddle.matmul(along, grad * x).reshape([width])
         if not ctx.fixed[0]:
-            scaled = grad * weight
-            centred = scaled - paddle.matmul(scaled, means) - x * paddle.matmul(scaled * x, means)
+            scaled = grad * _filled(weight, x)
+            centred = scaled - _filled(paddle.matmul(scaled, means), x)
+            centred = centred - x * _filled(paddle.matmul(scaled * x, means), x)
             grad_x = (centred * inverse).reshape(saved.shape)
         return grad_x, grad_weight, grad_bias
 
@@ -189,8 +196,18 @@ def rotate(x: paddle.Tensor, rotation: Rotation) -> paddle.Tensor:
 
 def turn(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
     """``x`` times ``cos``, plus its swapped halves times the signed ``sin``."""
+    return x * cos + _swap_halves(x) * sin
+
+
+def _swap_halves(x: paddle.Tensor) -> paddle.Tensor:
     half = x.shape[-1] // 2
-    return x * cos + paddle.concat([x[..., half:], x[..., :half]], axis=-1) * sin
+    plain = on_cpu() and paddle.in_dynamic_mode() and x.dtype == paddle.float32 and x.is_contiguous()
+    if not plain or x.shape[-2] == 1:
+        return paddle.concat([x[..., half:], x[..., :half]], axis=-1)
+    result = paddle.empty(x.shape, x.dtype)
+    given, swapped = host_view(x), host_view(result)
+    swapped[..., :half], swapped[..., half:] = given[..., half:], given[..., :half]  # a quarter of Paddle's time
+    return result
 
 
 class _Rotate(PyLayer):
@@ -204,9 +221,7 @@ class _Rotate(PyLayer):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.tables
-        half = grad.shape[-1] // 2
-        turned = paddle.concat([grad[..., half:], grad[..., :half]], axis=-1)
-        return grad * cos - turned * sin, None, None
+        return grad * cos - _swap_halves(grad) * sin, None, None
 
 
 # swish: x * sigmoid(alpha * x), which is SiLU for 1 and CLIP's GELU for 1.702
@@ -275,10 +290,10 @@ class _SwiGLU(PyLayer):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         ctx.fixed = gate.stop_gradient, up.stop_gradient
-        return _swish(gate) * up
+        return _swish(gate).multiply_(up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensor()
         grad_gate = None if ctx.fixed[0] else _swish_back(gate, grad * up)
-        return grad_gate, None if ctx.fixed[1] else grad * _swish(gate)
+        return grad_gate, None if ctx.fixed[1] else _swish(gate).multiply_(grad)

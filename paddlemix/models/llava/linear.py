@@ -174,13 +174,14 @@ def _multiply(
     swish: Optional[float] = None,
     factor: Optional[paddle.Tensor] = None,
     bfloat16: Optional[bool] = None,
+    into: Optional[paddle.Tensor] = None,
 ) -> paddle.Tensor:
     """x [..., in] times weight [in, out], or [out, in] with ``turned``; with ``bfloat16`` both are rounded to it, by default
-    within :func:`bfloat16_products`."""
+    within :func:`bfloat16_products`. It is added to what is in ``into``, where that is given."""
     bfloat16 = _precision.bfloat16 if bfloat16 is None else bfloat16
     inner, outer = weight.shape[::-1] if turned else weight.shape
     rows = math.prod(x.shape[:-1])
-    result = paddle.empty([*x.shape[:-1], outer], "float32")
+    result = paddle.empty([*x.shape[:-1], outer], "float32") if into is None else into
     if rows == 0:
         return result
     x, dtype = x.contiguous(), "float32"
@@ -199,6 +200,7 @@ def _multiply(
         bias_dtype=None if bias is None else bias.dtype.name.lower(),
         swish=swish,
         factor=None if factor is None else factor.data_ptr(),
+        add=into is not None,
     )
     return result
 
@@ -238,43 +240,45 @@ class _Product(PyLayer):
 
 
 class _AdaptedProduct(PyLayer):
-    """x times weight plus scaling * A B, of which A [in, r] and B [r, out] learn (LoRA: Hu et al., 2021), by one product with
-    their sum. Computed again for the backward pass, it costs less than r columns that are taken along."""
+    """x times a fixed weight, plus scaling * x A B, of which A [in, r] and B [r, out] learn (LoRA: Hu et al., 2021). What is
+    added goes into the product in place, in float32: the weight and a small adapter in one matrix of bfloat16 would lose it.
+    ``dropped`` is what A meets; None: x itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.fixed = [each.stop_gradient for each in (x, a, b)]
-        ctx.without_bias, ctx.scaling = bias is None, scaling
-        return _multiply(x, _adapt(weight, a, b, scaling), bias, bfloat16=False)
+    def forward(ctx, x, dropped, weight, bias, a, b, scaling, bfloat16):
+        given = x if dropped is None else dropped
+        low = _multiply(given, a, bfloat16=False) * scaling  # [..., r]
+        ctx.save_for_backward(weight, a, b, given, low)
+        ctx.fixed = x.stop_gradient, given.stop_gradient, a.stop_gradient, b.stop_gradient
+        ctx.one_input, ctx.without_bias, ctx.scaling, ctx.bfloat16 = dropped is None, bias is None, scaling, bfloat16
+        result = _multiply(x, weight, bias, bfloat16=bfloat16)
+        return _multiply(low, b, bfloat16=False, into=result)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, a, b = ctx.saved_tensor()
-        grad_x = grad_a = grad_b = None
-        if not ctx.fixed[0]:
-            grad_x = _multiply(grad, _adapt(weight, a, b, ctx.scaling), turned=True, bfloat16=False)
-        rows, grad = _rows(x, grad)
-        if not ctx.fixed[1]:
-            grad_a = _weight_gradient(rows, paddle.matmul(grad, b, transpose_y=True)) * ctx.scaling
-        if not ctx.fixed[2]:
-            grad_b = _weight_gradient(paddle.matmul(rows, a), grad) * ctx.scaling
-        return (grad_x, *[None] * (1 if ctx.without_bias else 2), grad_a, grad_b)
+        weight, a, b, given, low = ctx.saved_tensor()
+        x_fixed, given_fixed, a_fixed, b_fixed = ctx.fixed
+        grad_low = _multiply(grad, b, turned=True, bfloat16=False) * ctx.scaling
+        grad_x = grad_given = None
+        if not x_fixed:
+            grad_x = _multiply(grad, weight, turned=True, bfloat16=ctx.bfloat16)
+        if not given_fixed:
+            grad_given = _multiply(grad_low, a, turned=True, bfloat16=False, into=grad_x if ctx.one_input else None)
+        grads = [grad_x] if ctx.one_input else [grad_x, grad_given]
+        grads += [None] * (1 if ctx.without_bias else 2)
+        grads.append(None if a_fixed else _weight_gradient(*_rows(given, grad_low)))
+        grads.append(None if b_fixed else _weight_gradient(*_rows(low, grad)))
+        return tuple(grads)
 
 
 def _project_adapted(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)`` of a Linear with an adapter."""
     weight, bias, a, b = layer.weight, layer.bias, layer.lora_A, layer.lora_B
-    # one matrix would lose most of a small adapter to rounding in bfloat16, and weights that learn need a gradient of their own
-    frozen = weight.stop_gradient and (bias is None or bias.stop_gradient)
-    if layer.use_quick_lora and frozen and not _precision.bfloat16:
-        return _AdaptedProduct.apply(x, weight, bias, a, b, layer.scaling)
+    dropped = layer.lora_dropout(x) if isinstance(layer.lora_dropout, nn.Dropout) else None
+    if weight.stop_gradient and (bias is None or bias.stop_gradient):
+        return _AdaptedProduct.apply(x, dropped, weight, bias, a, b, layer.scaling, _precision.bfloat16)
     plain = _Product.apply(x, weight, bias, _precision.bfloat16)
-    return plain + paddle.matmul(paddle.matmul(layer.lora_dropout(x), a), b) * layer.scaling
-
-
-def _adapt(weight: paddle.Tensor, a: paddle.Tensor, b: paddle.Tensor, scaling: float) -> paddle.Tensor:
-    return paddle.addmm(weight, a, b, alpha=scaling)
+    return plain + paddle.matmul(paddle.matmul(x if dropped is None else dropped, a), b) * layer.scaling
 
 
 def _rows(*tensors: paddle.Tensor) -> Tuple[paddle.Tensor, ...]:
