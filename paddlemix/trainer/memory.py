@@ -7,6 +7,7 @@ from paddle import nn
 
 from paddlemix.models.llava.attention import BLOCK
 from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.lean import on_cpu
 from paddlemix.trainer.freezing import named_model_parameters
 
 __all__ = ["available_memory", "estimate_memory", "format_bytes"]
@@ -34,7 +35,8 @@ def estimate_memory(
     """Bytes on one device for weights, gradients, optimizer and activations.
 
     The first three are counted from the parameters. Activations are what the backward pass keeps of one micro-batch:
-    per token and decoder layer 4 D + (3 H + 2 G) K + 3 F numbers, with LoRA's dropout 5/4 (6 D + F) more; or with
+    per token and decoder layer 4 D + (3 H + 2 G) K + 3 F numbers, with LoRA's dropout 5/4 (6 D + F) more, on a CPU less
+    2 D + H K + F; or with
     ``recompute`` the layers' inputs and one layer; the scores of one block of one layer, three times, unless attention is
     fused; and three times the labelled tokens' logits. test_memory.py holds this against the tensors that Paddle saves.
 
@@ -67,7 +69,10 @@ def estimate_memory(
     unit = _BYTES.get(compute_dtype or dtype, 4)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     layer = 4 * config.hidden_size + (3 * heads + 2 * groups) * width + 3 * config.intermediate_size
-    layer += 5 * (6 * config.hidden_size + config.intermediate_size) // 4 if lora_dropout else 0
+    if lora_dropout:
+        layer += 5 * (6 * config.hidden_size + config.intermediate_size) // 4
+        # there a product with fixed weights needs its input for the adapter alone, which has its own
+        layer -= 2 * config.hidden_size + heads * width + config.intermediate_size if on_cpu() else 0
     layers = config.num_hidden_layers
     kept = (layers * config.hidden_size + layer) if recompute else layers * layer
     activations = rows * tokens * kept * unit + 3 * labelled * config.vocab_size * 4

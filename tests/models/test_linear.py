@@ -127,6 +127,41 @@ def test_a_layer_with_an_adapter(precision, taken, bias, dropout, quick):
         )
 
 
+@pytest.mark.parametrize("shape", [(81, 48), (48,)])
+@pytest.mark.parametrize("fixed", ["x", "lora_A", "lora_B"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_part_of_an_adapter_that_does_not_learn(precision, shape, fixed, dropout):
+    layer, x, weights = adapted(48, 40, True, dropout, False), numbers(*shape), numbers(*shape[:-1], 40)
+    x.stop_gradient = False
+    (x if fixed == "x" else getattr(layer, fixed)).stop_gradient = True
+    found = []
+    for context, compute in ((contextlib.nullcontext, layer), (precision[0], lambda x: project(layer, x))):
+        layer.clear_gradients()
+        x.clear_gradient()
+        paddle.seed(5)
+        with context():
+            (compute(x) * weights).sum().backward()
+        parts = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+        found.append({name: None if part.grad is None else part.grad.numpy().copy() for name, part in parts.items()})
+    right, found = found
+    for name, value in found.items():
+        assert (value is None) == (name == fixed), name
+        if value is not None:
+            np.testing.assert_allclose(value, right[name], atol=precision[1] * np.abs(right[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_adapter_of_another_type_is_not_read_as_float32(dtype, taken):
+    layer, x = adapted(16, 8, False), numbers(3, 16)
+    layer.lora_A, layer.lora_B = (
+        layer.create_parameter(part.shape, dtype=dtype, default_initializer=nn.initializer.Constant(0.5))
+        for part in (layer.lora_A, layer.lora_B)
+    )
+    with pytest.raises((TypeError, ValueError, RuntimeError)):  # Paddle's own
+        project(layer, x)
+    assert not taken
+
+
 def test_a_small_adapter_is_not_lost_to_rounding(precision):
     """What it adds is far below a bit of the weights."""
     layer, x = adapted(48, 40, False), numbers(6, 48)
@@ -145,7 +180,6 @@ def test_an_adapted_layer_that_learns_itself(precision, part):
     getattr(layer, part).stop_gradient = False
     layer._use_quick_lora = False  # Paddle's quick product refuses it
     right = gradients(layer, layer, x, weights)[part]
-    layer._use_quick_lora = True
     with precision[0]():
         found = gradients(layer, lambda x: project(layer, x), x, weights)[part]
     np.testing.assert_allclose(found.numpy(), right.numpy(), atol=precision[1] * float(right.abs().max()))
@@ -155,7 +189,10 @@ def test_no_rows_at_all(precision):
     layer = dense(16, 8, True)
     with precision[0]():
         project(layer, paddle.zeros([0, 16])).sum().backward()
-    assert float(layer.weight.grad.abs().max()) == 0 and float(layer.bias.grad.abs().max()) == 0
+        assert float(layer.weight.grad.abs().max()) == 0 and float(layer.bias.grad.abs().max()) == 0
+        layer = adapted(16, 8, True)
+        project(layer, paddle.zeros([0, 16])).sum().backward()
+        assert float(layer.lora_A.grad.abs().max()) == 0 and float(layer.lora_B.grad.abs().max()) == 0
 
 
 def test_an_adapter_that_is_switched_off_or_watched_is_left_to_paddle(monkeypatch):

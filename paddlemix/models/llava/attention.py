@@ -278,8 +278,8 @@ def _add_at(total, more, low, seen, whole):
         if seen - low == whole.shape[2]:
             return more
         total = paddle.zeros(whole.shape, more.dtype)
-    if on_cpu() and total.dtype == paddle.float32:
-        host_view(total)[:, :, low:seen] += host_view(more.contiguous())  # a tenth of the time of Paddle's assignment
+    if _in_place() and total.dtype == paddle.float32 and more.is_contiguous():
+        host_view(total)[:, :, low:seen] += host_view(more)  # a tenth of the time of Paddle's assignment
     else:
         total[:, :, low:seen] = total[:, :, low:seen] + more
     return total

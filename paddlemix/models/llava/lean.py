@@ -103,7 +103,7 @@ class _RMSNorm(PyLayer):
 
 def _filled(part: paddle.Tensor, whole: paddle.Tensor) -> paddle.Tensor:
     """A row [D] or a column [N, 1] that meets ``whole`` [N, D]; on a CPU in that full shape."""
-    return part.expand(whole.shape) if on_cpu() else part
+    return part.expand(whole.shape) if on_cpu() and paddle.in_dynamic_mode() else part
 
 
 # layer norm
@@ -202,7 +202,7 @@ def turn(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Ten
 def _swap_halves(x: paddle.Tensor) -> paddle.Tensor:
     half = x.shape[-1] // 2
     plain = on_cpu() and paddle.in_dynamic_mode() and x.dtype == paddle.float32 and x.is_contiguous()
-    if not plain or x.shape[-2] == 1:
+    if not plain or x.shape[-2] == 1 or _needs_gradient(x):
         return paddle.concat([x[..., half:], x[..., :half]], axis=-1)
     result = paddle.empty(x.shape, x.dtype)
     given, swapped = host_view(x), host_view(result)

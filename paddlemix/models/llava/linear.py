@@ -54,14 +54,16 @@ def check_bfloat16() -> None:
 def project(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)``: x [..., in] to [..., out]."""
     bare = _is_bare(layer)
-    if not bare and not _is_adapted(layer):
+    adapted = not bare and _is_adapted(layer)
+    if not bare and not adapted:
         _refuse_bfloat16(layer)
         return layer(x)
     weight, bias = layer.weight, layer.bias
     if bare and _computed_here(x, weight, bias):
         return _multiply(x, weight, bias)
-    if _fits(x, weight, bias) and weight.dtype == paddle.float32 and products() is not None:
-        if not bare:
+    low = (layer.lora_A, layer.lora_B) if adapted else ()
+    if _fits(x, weight, bias, *low) and weight.dtype == paddle.float32 and products() is not None:
+        if adapted:
             return _project_adapted(layer, x)
         if _learns(x, weight, bias):
             return _Product.apply(x, weight, bias, _precision.bfloat16)
@@ -125,11 +127,11 @@ def _learns(*tensors: Optional[paddle.Tensor]) -> bool:
     return paddle.is_grad_enabled() and not all(each is None or each.stop_gradient for each in tensors)
 
 
-def _fits(x: paddle.Tensor, weight: paddle.Tensor, bias: Optional[paddle.Tensor] = None, turned: bool = False) -> bool:
+def _fits(x: paddle.Tensor, weight: paddle.Tensor, *others: Optional[paddle.Tensor], turned: bool = False) -> bool:
     """Whether oneDNN can read these: on the host, float32, and weights of one type that lie there whole."""
     if not on_cpu() or not paddle.in_dynamic_mode():
         return False
-    weights = (weight,) if bias is None else (weight, bias)
+    weights = [weight, *(each for each in others if each is not None)]
     return (
         x.dtype == paddle.float32
         and x.shape[-1] == weight.shape[1 if turned else 0]
@@ -149,7 +151,7 @@ def _computed_here(
     if not on_cpu() or not paddle.in_dynamic_mode():
         return False
     shape, dtype = x.shape, weight.dtype
-    learns, fits = _learns(x, weight, bias), _fits(x, weight, bias, turned)
+    learns, fits = _learns(x, weight, bias), _fits(x, weight, bias, turned=turned)
     if dtype == paddle.float32:
         several = math.prod(shape[:-1]) > 1 or _precision.bfloat16
         return fits and not learns and several and products() is not None
@@ -274,7 +276,9 @@ class _AdaptedProduct(PyLayer):
 def _project_adapted(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)`` of a Linear with an adapter."""
     weight, bias, a, b = layer.weight, layer.bias, layer.lora_A, layer.lora_B
-    dropped = layer.lora_dropout(x) if isinstance(layer.lora_dropout, nn.Dropout) else None
+    dropped = (
+        layer.lora_dropout(x) if isinstance(layer.lora_dropout, nn.Layer) else None
+    )  # else a function that does nothing
     if weight.stop_gradient and (bias is None or bias.stop_gradient):
         return _AdaptedProduct.apply(x, dropped, weight, bias, a, b, layer.scaling, _precision.bfloat16)
     plain = _Product.apply(x, weight, bias, _precision.bfloat16)

@@ -24,7 +24,7 @@ from PIL import Image
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa, object_box, object_labels, read_questions
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, SIZES, draw_scene, make_scene
-from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer
+from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer, quick_products
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -309,8 +309,9 @@ def _pretrain(
     began = saved = time.time()
     for step in range(start, steps):
         pixel_values, labels = batch_of_step(step, batch_size, easy, seed)
-        loss = loss_of(model(paddle.to_tensor(pixel_values)), labels)
-        loss.backward()
+        with quick_products():
+            loss = loss_of(model(paddle.to_tensor(pixel_values)), labels)
+            loss.backward()
         optimizer.step()
         optimizer.clear_grad()
         schedule.step()

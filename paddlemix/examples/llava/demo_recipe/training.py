@@ -1,12 +1,14 @@
-"""What the two halves of stage 1 share: the optimizer with its schedule, and a checkpoint that a killed run goes on from."""
+"""What the two halves of stage 1 share: the optimizer with its schedule, the precision, and a checkpoint that a killed run
+goes on from."""
 
+import contextlib
 import logging
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, ContextManager, Dict, List, Tuple
 
-__all__ = ["Checkpoint", "learning_rate_at", "make_optimizer"]
+__all__ = ["Checkpoint", "learning_rate_at", "make_optimizer", "quick_products"]
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -27,6 +29,14 @@ def make_optimizer(parameters: List[Any], steps: int, learning_rate: float) -> T
     clip = paddle.nn.ClipGradByGlobalNorm(1.0)
     optimizer = paddle.optimizer.AdamW(schedule, beta2=0.98, weight_decay=0.02, parameters=parameters, grad_clip=clip)
     return schedule, optimizer
+
+
+def quick_products() -> ContextManager[None]:
+    """For forward and backward passes: products in bfloat16, where this CPU multiplies in it."""
+    from paddlemix.models.llava.linear import bfloat16_products
+    from paddlemix.models.llava.onednn import multiplies_in_bfloat16
+
+    return bfloat16_products() if multiplies_in_bfloat16() else contextlib.nullcontext()
 
 
 class Checkpoint:

@@ -38,7 +38,7 @@ from paddlemix.examples.llava.demo_recipe.pretrain_tower import (
     scene_picture,
 )
 from paddlemix.examples.llava.demo_recipe.scenes import COLUMNS, MOST, ROWS, SHAPES, SIZES, ninth_of, part_name
-from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer
+from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer, quick_products
 
 __all__ = ["EMPTY", "NEXT", "NOTES", "POINT", "WORDS", "table_of", "write_table"]
 
@@ -181,14 +181,15 @@ def _write_table(
     began = saved = time.time()
     for step in range(start, steps):
         pixel_values, labels = batch_of_step(step, batch_size, easy, seed)
-        logits = forward(pixel_values, thawed=step >= thaw)
         empty = labels["word"] == _WORD[EMPTY]
-        # all four patches of a cell are asked
-        loss = sum(cross_entropy(logits[name], np.tile(labels[name], (1, 4))) for name in COUNTED)
-        loss = loss + 2 * cross_entropy(logits["word"], np.where(empty, UNKNOWN, labels["word"]))
-        loss = loss + 0.3 * cross_entropy(logits["word"], np.where(empty, labels["word"], UNKNOWN))
-        loss = loss + sum(cross_entropy(logits[kind], labels[kind]) for kind in NOTES) / len(NOTES)
-        loss.backward()
+        with quick_products():
+            logits = forward(pixel_values, thawed=step >= thaw)
+            # all four patches of a cell are asked
+            loss = sum(cross_entropy(logits[name], np.tile(labels[name], (1, 4))) for name in COUNTED)
+            loss = loss + 2 * cross_entropy(logits["word"], np.where(empty, UNKNOWN, labels["word"]))
+            loss = loss + 0.3 * cross_entropy(logits["word"], np.where(empty, labels["word"], UNKNOWN))
+            loss = loss + sum(cross_entropy(logits[kind], labels[kind]) for kind in NOTES) / len(NOTES)
+            loss.backward()
         optimizer.step()
         optimizer.clear_grad()
         schedule.step()
