@@ -101,7 +101,7 @@ def add_lora(
         lora_dropout=dropout,
         rslora=rslora,
         dtype=dtype,
-        # the same product by one matrix; in half precision, under AMP on a GPU too, adding into it would round
+        # where linear.py doesn't take the layer: by one matrix, to which half precision, under AMP too, would add with rounding
         use_quick_lora=dropout == 0.0 and dtype == "float32" and on_cpu(),
         base_model_name_or_path=base,
     )

@@ -276,9 +276,8 @@ class _AdaptedProduct(PyLayer):
 def _project_adapted(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """``layer(x)`` of a Linear with an adapter."""
     weight, bias, a, b = layer.weight, layer.bias, layer.lora_A, layer.lora_B
-    dropped = (
-        layer.lora_dropout(x) if isinstance(layer.lora_dropout, nn.Layer) else None
-    )  # else a function that does nothing
+    drops = isinstance(layer.lora_dropout, nn.Layer)  # else it is a function that does nothing
+    dropped = layer.lora_dropout(x) if drops else None
     if weight.stop_gradient and (bias is None or bias.stop_gradient):
         return _AdaptedProduct.apply(x, dropped, weight, bias, a, b, layer.scaling, _precision.bfloat16)
     plain = _Product.apply(x, weight, bias, _precision.bfloat16)
