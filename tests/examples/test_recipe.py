@@ -181,12 +181,15 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
             align_rows=3,
             instruct_scenes=4,
             instruct_easy=3,
+            question_scenes=4,
+            question_easy=2,
             chinese=0.5,
             seed=1,
         )
     for file in (
         "align.json",
         "instruct.json",
+        "questions.json",
         "scenes_test.json",
         "scenes_test_zh.json",
         "easy_vqa_test.json",
@@ -198,20 +201,20 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
     assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673
     chinese = re.compile("[\u4e00-\u9fff]")
     assert chinese.search((tmp_path / "a" / "instruct.json").read_text())
-    trained = (tmp_path / "a" / "instruct.json").read_text()
-    assert "test/images" not in trained and "train/images" in trained
+    assert not chinese.search((tmp_path / "a" / "questions.json").read_text())
+    for file in ("instruct.json", "questions.json"):
+        trained = (tmp_path / "a" / file).read_text()
+        assert "test/images" not in trained and "train/images" in trained
 
 
-def test_questions_of_stage_4(tmp_path):
+def test_chats_about_relations(tmp_path):
     from paddlemix.processors.rows import parse_row
 
     text = [{"conversations": [["Which river flows through Paris?", "The Seine."]]}]
     for name in ("a", "b"):
-        data.write_questions(tmp_path / name, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
-    trained = (tmp_path / "a" / "questions.json").read_text()
-    assert trained == (tmp_path / "b" / "questions.json").read_text()
-    assert "test/images" not in trained and "train/images" in trained and not re.search("[\u4e00-\u9fff]", trained)
-    rows = json.loads(trained)
+        data.write_relations(tmp_path / name, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
+    assert (tmp_path / "a" / "relations.json").read_bytes() == (tmp_path / "b" / "relations.json").read_bytes()
+    rows = json.loads((tmp_path / "a" / "relations.json").read_text())
     assert len(rows) == 125
     asked, behind = [], 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 4 and of the tests."""
+"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 5 and of the tests."""
 
 import json
 import random
@@ -9,10 +9,10 @@ from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
 from paddlemix.examples.llava.demo_recipe.languages import CHINESE, ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
 
-__all__ = ["KINDS", "WORKED_OUT", "write_data", "write_questions", "write_rows", "write_test_scenes"]
+__all__ = ["KINDS", "WORKED_OUT", "write_data", "write_relations", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
-ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED = 500_000_000, 600_000_000, 700_000_000
+ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED, RELATIONS_SEED = 500_000_000, 600_000_000, 700_000_000, 800_000_000
 ROUNDS = 12
 CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
 # How often a chat asks each kind; those that need more than reading off one object are asked more.
@@ -43,7 +43,7 @@ WORKED_OUT = {
     "caption": 0.3,
     "list": 0.3,
 }
-# Most of stage 4's chats ask where objects are of each other, above all on the axis that their order in the table doesn't tell.
+# Stage 5 asks where objects are of each other, above all on the axis that their order in the table doesn't tell.
 RELATIONS = {
     questions.LEFT_OR_RIGHT: 12,
     "relation": 3,
@@ -51,12 +51,12 @@ RELATIONS = {
     "count": 0.5,
     "exist": 0.3,
 }
-RELATIONS_SHARE = 0.6  # of stage 4's chats; the others ask what is worked out
+RELATIONS_SHARE = 0.75  # of stage 5's chats; the others are stage 4's
 RELATIONS_ROUNDS = 6  # few pairs of a scene lie apart; more rounds would ask other things
-TEXT_BEHIND = 0.1  # of stage 4's chats end in a question about something else
+TEXT_BEHIND = 0.1  # of stage 5's chats end in a question about something else
 SENTENCES_KEPT = 0.4  # of those questions of stage 4 that want a sentence: most of its words are no news
-OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of the other scenes of stage 4; the more there are, the more can be asked
-OBJECTS_RELATED = (2, 3, 3, 4, 4, 4)  # of those that ask for relations
+OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are, the more can be asked
+OBJECTS_RELATED = (2, 3, 3, 4, 4, 4)  # of those of stage 5's that ask for relations
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
 
@@ -67,16 +67,19 @@ def write_data(
     align_rows: int,
     instruct_scenes: int,
     instruct_easy: int,
+    question_scenes: int,
+    question_easy: int,
     chinese: float,
     seed: int,
 ) -> None:
-    """Writes the JSON files of stages 2 (``align``) and 3 (``instruct``) and of the tests, and ``images/``.
+    """Writes the JSON files of stages 2 (``align``), 3 (``instruct``) and 4 (``questions``) and of the tests, and ``images/``.
 
     Args:
         easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
         align_rows: scenes with a dense caption, for stage 2.
         instruct_scenes: chats about scenes, for stage 3.
         instruct_easy: chats about easy-VQA's train pictures, for stage 3.
+        question_scenes, question_easy: the same for stage 4.
         chinese: share of stage 3's chats about scenes that are in Chinese.
     """
     images = folder / "images"
@@ -103,6 +106,12 @@ def write_data(
     rng.shuffle(instruct)
     write_rows(folder / "instruct.json", instruct)
 
+    rng = random.Random(f"questions-{seed}")
+    asked = [_asked_much(images, QUESTIONS_SEED + number, rng, WORKED_OUT, ROUNDS) for number in range(question_scenes)]
+    asked += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(question_easy, len(easy)))]
+    rng.shuffle(asked)
+    write_rows(folder / "questions.json", asked)
+
     test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
     random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
     write_rows(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
@@ -110,34 +119,34 @@ def write_data(
     write_test_scenes(folder, "scenes_test_zh.json", CHINESE, TEST_SEEDS[:CHINESE_TESTS])
 
 
-def write_questions(
+def write_relations(
     folder: Path, scenes: int, easy_vqa: Path, easy: int, text: List[Dict[str, Any]], seed: int
 ) -> None:
-    """Writes the JSON file of stage 4, ``questions``, and its pictures.
+    """Writes the JSON file of stage 5, ``relations``, and its pictures.
 
     Args:
         scenes: chats about scenes.
         easy: chats about easy-VQA's train pictures.
         text: the decoder's own answers to questions without a picture; a chat in ten ends in one of them.
     """
-    rng = random.Random(f"questions-{seed}")
+    rng = random.Random(f"relations-{seed}")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(scenes):
         much = (RELATIONS, RELATIONS_ROUNDS) if rng.random() < RELATIONS_SHARE else (WORKED_OUT, ROUNDS)
-        row = _asked_much(images, QUESTIONS_SEED + number, rng, *much)
+        row = _asked_much(images, RELATIONS_SEED + number, rng, *much)
         if rng.random() < TEXT_BEHIND:
             row["conversations"] += rng.choice(text)["conversations"]
         rows.append(row)
     easy_rows = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
     rows += [_absolute(row, easy_vqa) for row in rng.sample(easy_rows, min(easy, len(easy_rows)))]
     rng.shuffle(rows)
-    write_rows(folder / "questions.json", rows)
+    write_rows(folder / "relations.json", rows)
 
 
 def _asked_much(images: Path, seed: int, rng: random.Random, kinds: Dict[str, float], most: int) -> Dict[str, Any]:
-    """A chat of stage 4 about a scene, which is drawn into ``images``."""
+    """A chat of stage 4 or 5 about a scene, which is drawn into ``images``."""
     scene = make_scene(seed, rng.choice(OBJECTS if kinds is WORKED_OUT else OBJECTS_RELATED))
     draw_scene(scene).save(images / f"{seed}.png")
     rounds = questions.conversation(scene, most, rng, kinds, sentences=SENTENCES_KEPT)
