@@ -36,9 +36,9 @@ def estimate_memory(
 
     The first three are counted from the parameters. Activations are what the backward pass keeps of one micro-batch:
     per token and decoder layer 4 D + (3 H + 2 G) K + 3 F numbers, with LoRA's dropout 5/4 (6 D + F) more, on a CPU less
-    2 D + H K + F; or with
-    ``recompute`` the layers' inputs and one layer; the scores of one block of one layer, three times, unless attention is
-    fused; and three times the labelled tokens' logits. test_memory.py holds this against the tensors that Paddle saves.
+    2 D + H K + F; or with ``recompute`` the layers' inputs and one layer; the scores of one block of one layer, three times,
+    unless attention is fused; and three times the labelled tokens' logits. test_memory.py holds this against the tensors
+    that Paddle saves.
 
     Args:
         rows, tokens: of the longest micro-batch, [rows, tokens].

@@ -214,6 +214,11 @@ def test_chats_about_relations(tmp_path):
     for name in ("a", "b"):
         data.write_relations(tmp_path / name, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
     assert (tmp_path / "a" / "relations.json").read_bytes() == (tmp_path / "b" / "relations.json").read_bytes()
+    written = (tmp_path / "a" / "relations.json").stat().st_mtime_ns
+    data.write_relations(tmp_path / "a", 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
+    assert (
+        tmp_path / "a" / "relations.json"
+    ).stat().st_mtime_ns == written  # a stopped training finds its data unchanged
     rows = json.loads((tmp_path / "a" / "relations.json").read_text())
     assert len(rows) == 125
     asked, behind = [], 0

@@ -279,7 +279,7 @@ def _add_at(total, more, low, seen, whole):
             return more
         total = paddle.zeros(whole.shape, more.dtype)
     if _in_place() and total.dtype == paddle.float32 and more.is_contiguous():
-        host_view(total)[:, :, low:seen] += host_view(more)  # a tenth of the time of Paddle's assignment
+        host_view(total)[:, :, low:seen] += host_view(more)  # Paddle's assignment costs more than the products
     else:
         total[:, :, low:seen] = total[:, :, low:seen] + more
     return total
