@@ -12,6 +12,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
+from paddlemix.models.llava.hub import has_tokenizer
 from paddlemix.processors.chat_template import FILE_NAME as CHAT_TEMPLATE_FILE
 from paddlemix.processors.chat_template import ChatTemplate, name_of, read_saved
 from paddlemix.processors.image_processing import LlavaImageProcessor
@@ -26,7 +27,7 @@ from paddlemix.processors.labels import (
     wrap_images,
 )
 from paddlemix.processors.rows import ImageCountError, parse_row
-from paddlemix.processors.tokenizer import JSON_FILE, MODEL_FILE, StreamDecoder, Tokenizer, load_tokenizer
+from paddlemix.processors.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from PIL import Image
@@ -100,7 +101,7 @@ class LlavaProcessor:
             config = deepcopy(config)
             config.image_aspect_ratio = image_aspect_ratio
             config.validate()
-        if not any((folder / name).is_file() for name in (JSON_FILE, MODEL_FILE)):
+        if not has_tokenizer(folder):
             folder = checkpoint.lora_base(folder) or folder  # an adapter alone goes by its base
         image_processor = None
         if config.vision is not None:

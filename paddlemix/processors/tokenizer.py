@@ -24,6 +24,7 @@ logger = logging.getLogger("paddlemix.processors.tokenizer")
 
 JSON_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
+PADDLE_MODEL_FILE = "sentencepiece.bpe.model"  # the same file as PaddleNLP names it
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -568,8 +569,8 @@ class StreamDecoder:
 
 
 def load_tokenizer(folder: Union[str, Path]) -> Tokenizer:
-    """Opens the tokenizer in ``folder``: ``tokenizer.json`` or ``tokenizer.model``, and the files beside it that name
-    the special and the added tokens (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``).
+    """Opens the tokenizer in ``folder``: ``tokenizer.json`` or ``tokenizer.model`` (PaddleNLP's
+    ``sentencepiece.bpe.model``), and the files beside it that name the special and the added tokens (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``).
 
     Raises:
         UserError: no tokenizer in the folder, or a file that can't be read; the message names it.
@@ -587,9 +588,9 @@ def load_tokenizer(folder: Union[str, Path]) -> Tokenizer:
         ) from error
 
     files: Dict[str, bytes] = {}
-    for name in (JSON_FILE, MODEL_FILE):
-        if (folder / name).is_file():
-            files[name] = (folder / name).read_bytes()
+    for name, held in ((JSON_FILE, JSON_FILE), (MODEL_FILE, PADDLE_MODEL_FILE), (MODEL_FILE, MODEL_FILE)):
+        if (folder / held).is_file():
+            files[name] = (folder / held).read_bytes()
     if not files:
         raise UserError(
             f"No tokenizer in {folder}; expected {JSON_FILE} or {MODEL_FILE} there (the checkpoint's publisher has it "

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.hub import has_tokenizer
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
 
@@ -126,7 +127,7 @@ def processor_folder(folder: Path) -> Path:
     from paddlemix.models.llava import checkpoint
 
     base = checkpoint.lora_base(folder)
-    if base is None or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if base is None or has_tokenizer(folder):
         return folder
     return processor_folder(base)
 

@@ -48,6 +48,7 @@ def merge(
         UserError: a base or an adapter that isn't there, isn't whole, or doesn't fit the other.
     """
     from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.hub import has_tokenizer
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.trainer.adapters import read_lora_config
@@ -71,8 +72,7 @@ def merge(
     config = checkpoint.read_config(described)
     model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=dtype or _stored_dtype(base, checkpoint))
     checkpoint.merge_lora(model, adapter)
-    own = (adapter / "tokenizer.json").is_file() or (adapter / "tokenizer.model").is_file()
-    processor = LlavaProcessor.from_pretrained(adapter if own else base, config=config)
+    processor = LlavaProcessor.from_pretrained(adapter if has_tokenizer(adapter) else base, config=config)
     with write_aside(target) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

@@ -276,11 +276,11 @@ def test_offline_mode_asks_nobody(stores, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "./missing", "/no/such/folder", "~/none", "word", "a b/c", "a/b/c/d", "../x/y"]
+    "text", ["", " ", None, "./missing", "/no/such/folder", "~/none", "word", "a b/c", "a/b/c/d", "../x/y", "x" * 300]
 )
 def test_paths_that_are_not_there(text, monkeypatch):
     monkeypatch.setattr(hub, "_from_hugging_face", lambda name: pytest.fail("asked the hub"))
-    with pytest.raises(UserError, match="There is no folder|is empty"):
+    with pytest.raises(UserError, match="There is no folder|is empty|is None|is neither a folder nor a name"):
         checkpoint.resolve(text)
 
 

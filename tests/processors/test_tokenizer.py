@@ -50,6 +50,18 @@ def tokenizers(folders):
     return {name: load_tokenizer(folder) for name, folder in folders.items()}
 
 
+def test_a_folder_that_paddlenlp_has_written(folders, tmp_path):
+    """Its name of the same file is another one; the toolkit's checkpoints have that."""
+    from paddlenlp.transformers import LlamaTokenizer
+
+    LlamaTokenizer(str(folders["legacy"] / "tokenizer.model")).save_pretrained(str(tmp_path / "theirs"))
+    assert not (tmp_path / "theirs" / "tokenizer.model").exists()
+    opened = load_tokenizer(tmp_path / "theirs")
+    assert [opened(text).input_ids for text in TEXTS] == GOLDEN["legacy"]
+    opened.save_pretrained(tmp_path / "ours")
+    assert load_tokenizer(tmp_path / "ours")(TEXTS[1]).input_ids == GOLDEN["legacy"][1]
+
+
 ALL = [*KINDS, *(f"{name}_added" for name in KINDS), "both", "byte_level"]
 
 

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "paddlemix/llava-smol-demo"
 
+# A tokenizer is in one of these; the last is what PaddleNLP calls a tokenizer.model.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model")
 # What a checkpoint consists of beside its weights; only config.json must be there.
 _SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "lora_config.json"),
 )
 _LORA_FILES = ("lora_model_state.safetensors", "lora_model_state.pdparams", "non_lora_state.safetensors")
@@ -49,13 +51,18 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
     Raises:
         UserError: nothing of that name, or no network; it says which files to put where.
     """
+    if not isinstance(name_or_folder, (str, os.PathLike)) or not os.fspath(name_or_folder).strip():
+        held = "empty" if isinstance(name_or_folder, str) else repr(name_or_folder)
+        raise UserError(f"The model's name is {held}; expected a folder, or a name such as {DEFAULT_MODEL}.")
     text = os.fspath(name_or_folder)
-    if not text.strip():
-        raise UserError(f"The model's name is empty; expected a folder, or a name such as {DEFAULT_MODEL}.")
     path = Path(text).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"The model's name {text[:60]!r}… is neither a folder nor a name ({error.strerror}).") from None
+    if is_folder:
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return _converted_gguf(path)
         raise UserError(f"{path} is a file; expected the folder of a checkpoint, a .gguf file, or a model's name.")
@@ -70,6 +77,11 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
         )
     name = text.rstrip("/")
     return _from_paddle(_paddle_names(name)) if name.startswith("paddlemix/") else _from_hugging_face(name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer is in a folder, whatever its kind."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def local_tower(name: str, checkpoint: Path) -> Optional[Path]:
@@ -223,9 +235,7 @@ def _put_there_by_hand(folder: Path) -> bool:
         return (
             (folder / "config.json").is_file()
             and bool(find_weights(folder))
-            and any(
-                (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "preprocessor_config.json")
-            )
+            and (has_tokenizer(folder) or (folder / "preprocessor_config.json").is_file())
         )
     except UserError:
         return False
