@@ -197,7 +197,7 @@ def _run_files(folder: Path) -> tuple:
     own = re.compile(
         CHECKPOINT.pattern
         + r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(non_lora|lora_model)_state\.safetensors"
-        + r"|lora_config\.json|train_log\.jsonl|loss\.png|eval_predictions-\d+\.jsonl|(train|eval|all)_results\.json"
+        + r"|peft_model\.safetensors\.index\.json|lora_config\.json|train_log\.jsonl|loss\.png|eval_predictions-\d+\.jsonl|(train|eval|all)_results\.json"
     )
     return tuple(path for path in sorted(folder.iterdir()) if own.fullmatch(path.name))
 

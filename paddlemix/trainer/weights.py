@@ -15,6 +15,7 @@ from paddlemix.models.llava.tensor_files import (
     StoredTensor,
     open_tensor_file,
     open_weights,
+    write_json,
 )
 from paddlemix.trainer.freezing import named_model_parameters, part_of
 from paddlemix.trainer.optimizer_state import to_tensor, write_tensors
@@ -23,6 +24,7 @@ __all__ = ["load_trained_weights", "mark_differing", "save_trained_weights"]
 
 
 LORA_FILE, BESIDE_FILE = "lora_model_state.safetensors", "non_lora_state.safetensors"
+LORA_INDEX = "peft_model.safetensors.index.json"  # by which PaddleNLP's LoRAModel.from_pretrained finds the adapter
 
 
 def mark_differing(model: nn.Layer, part: str) -> None:
@@ -44,6 +46,7 @@ def save_trained_weights(model: nn.Layer, folder: Path) -> None:
         elif not parameter.stop_gradient or getattr(parameter, "differs_from_base", False):
             beside[name] = parameter
     write_tensors(folder / LORA_FILE, adapters)
+    write_json(folder / LORA_INDEX, {"metadata": {}, "weight_map": {name: LORA_FILE for name in adapters}})
     if beside:
         write_tensors(folder / BESIDE_FILE, beside)
     config = model.lora_config.to_dict()

@@ -1,6 +1,7 @@
 """Checkpoints: configs of every layout, strict and streamed loading, half checkpoints, LoRA folders, saving."""
 
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,12 @@ def test_image_newline_of_the_toolkits_class_where_nothing_reads_it(tmp_path):
         open_model(folder)
 
 
+def test_image_newline_of_others_is_not_left_out(hugging_face, tmp_path):
+    """A llava_next checkpoint whose config says llava would lose its tiles in silence."""
+    with pytest.raises(UserError, match=r"has 1 tensor\(s\).*image_newline"):
+        open_model(altered(hugging_face, tmp_path, lambda tensors: tensors.update(image_newline=np.zeros(32))))
+
+
 # ---- strict ----
 
 
@@ -300,7 +307,8 @@ def test_a_missing_tensor_is_named(hugging_face, tmp_path):
     def drop(tensors):
         del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
 
-    with pytest.raises(UserError, match=r"lacks 1 tensor\(s\).*llama.layers.1.mlp.up_proj.weight"):
+    both = r"language_model.model.layers.1.mlp.up_proj.weight \(here llama.layers.1.mlp.up_proj.weight\)"
+    with pytest.raises(UserError, match=r"lacks 1 tensor\(s\).*" + both):
         open_model(altered(hugging_face, tmp_path, drop))
 
     def drop_a_layer(tensors):
@@ -309,6 +317,16 @@ def test_a_missing_tensor_is_named(hugging_face, tmp_path):
 
     with pytest.raises(UserError, match=r"lacks 9 tensor\(s\).* and 4 more"):
         open_model(altered(hugging_face, tmp_path, drop_a_layer))
+
+
+def test_a_missing_tensor_has_its_name_in_the_folder(hugging_face, tmp_path):
+    lost = (
+        *("multi_modal_projector.linear_1.weight", "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight"),
+        *("language_model.model.norm.weight", "vision_tower.vision_model.embeddings.class_embedding"),
+    )
+    for number, name in enumerate(lost):
+        with pytest.raises(UserError, match=r"lacks 1 tensor\(s\).*: " + name):
+            open_model(altered(hugging_face, tmp_path / str(number), operator.methodcaller("pop", name)))
 
 
 def test_an_unexpected_tensor_is_named(hugging_face, tmp_path):
@@ -593,6 +611,25 @@ def test_the_toolkits_own_lora_file(lora, tmp_path):
     )
     ids = paddle.to_tensor([[1, 5, 6]])
     np.testing.assert_allclose(open_model(tmp_path)(ids).logits.numpy(), adapted(ids).logits.numpy(), atol=1e-4)
+
+
+def test_a_merge_by_paddlenlp_can_be_saved(hugging_face, tmp_path):
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    base = open_model(hugging_face)
+    model = LoRAModel(base, LoRAConfig(target_modules=[r".*llama\.layers.*q_proj"], r=2, lora_alpha=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.set_value(paddle.randn(parameter.shape))
+    model.eval()
+    expected = model(input_ids=paddle.to_tensor([[1, 5, 6]])).logits.numpy()
+    model.merge()
+    with pytest.raises(UserError, match=r"holds adapters \(llama.layers.0.self_attn.q_proj.lora_A\).*restore_original"):
+        base.save_pretrained(tmp_path)
+    model.restore_original_model()
+    base.save_pretrained(tmp_path)
+    logits = open_model(tmp_path)(paddle.to_tensor([[1, 5, 6]])).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_lora_folders_that_cannot_be_opened(lora, tmp_path):

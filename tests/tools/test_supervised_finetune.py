@@ -107,6 +107,16 @@ def test_a_lora_run_leaves_what_was_asked_for(room, lora_run):
     assert json.loads((lora_run / "config.json").read_text())["image_aspect_ratio"] == "pad"
 
 
+def test_paddlenlps_loramodel_opens_the_adapter(room, lora_run):
+    """All of it but the projector that was trained beside, which is this project's own."""
+    from paddlenlp.peft import LoRAModel
+
+    base = LlavaLlamaForCausalLM.from_pretrained(room / "base")
+    opened = dict(LoRAModel.from_pretrained(base, str(lora_run)).named_parameters())
+    for name, values in load_file(lora_run / "lora_model_state.safetensors").items():
+        np.testing.assert_array_equal(opened[f"model.{name}"].numpy(), values)
+
+
 def test_the_log_and_the_predictions(lora_run):
     log = read_log(lora_run / "train_log.jsonl")
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]

@@ -37,6 +37,7 @@ from paddlemix.models.llava.tensor_files import (
     open_tensor_file,
     open_weights,
     read_json,
+    write_json,
     write_weights,
 )
 
@@ -213,15 +214,14 @@ def _put(sources: Dict[str, Source], name: str, source: Source, folder: Path) ->
     sources[name] = source
 
 
-def _never_used(name: str, config: LlavaConfig, folder: Path) -> bool:
+def _never_used(name: str, published: str, config: LlavaConfig, folder: Path) -> bool:
     """Whether a tensor that the model hasn't is one that LLaVA's forward never reaches."""
     if name == layouts.HEAD:
         return config.tie_word_embeddings
     if name == layouts.NEWLINE:
         # the toolkit's class makes one always; where config.json has no merge type, nothing reads it
-        return "unpad" not in config.mm_patch_merge_type and "mm_patch_merge_type" not in read_json(
-            folder / "config.json"
-        )
+        unread = "unpad" not in config.mm_patch_merge_type
+        return unread and published == name and "mm_patch_merge_type" not in read_json(folder / "config.json")
     if not name.startswith(layouts.TOWER) or config.vision is None:
         return False
     layer = re.match(r"transformer\.layers\.(\d+)\.", name[len(layouts.TOWER) :])
@@ -251,10 +251,16 @@ def check(
     Raises:
         UserError: a tensor is missing, unexpected, wrongly shaped, or holds no floating-point numbers.
     """
+    published = {name: source.published for name, source in sources.items()}
     unexpected = unknown + [
-        sources[name].published for name in sources if name not in expected and not _never_used(name, config, folder)
+        theirs
+        for name, theirs in published.items()
+        if name not in expected and not _never_used(name, theirs, config, folder)
     ]
-    missing = [name for name in expected if name not in sources]
+    missing = []
+    for name in (name for name in expected if name not in sources):
+        theirs = layouts.name_beside(name, published)
+        missing.append(theirs if theirs == name else f"{theirs} (here {name})")
     problems = []
     if missing:
         problems.append(f"lacks {len(missing)} tensor(s) that its config.json needs: {_some(missing)}")
@@ -570,16 +576,37 @@ def save_model(
     state_dict: Optional[Mapping[str, Any]] = None,
     max_shard_size: Union[int, str] = "5GB",
 ) -> None:
-    """Writes weights, generation_config.json and config.json, in that order: a folder with config.json is whole."""
+    """Writes weights, generation_config.json and config.json, in that order: a folder with config.json is whole.
+
+    Raises:
+        UserError: the folder is a file, or adapters are in the model still.
+    """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; expected a folder to save the model in.")
+    state = _without_empty_biases(state_dict if state_dict is not None else dict(model.named_parameters()))
+    adapter = next((name for name in state if name.endswith(".lora_A")), None)
+    if adapter is not None:
+        raise UserError(
+            f"the model holds adapters ({adapter}); save them by LoRAModel's save_pretrained, or call its merge() and "
+            "restore_original_model() before."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(state_dict if state_dict is not None else model, folder, shard_bytes(max_shard_size))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.eos_token_id = model.config.eos_token_id
-        generation.save_pretrained(str(folder))
+    save_weights(state, folder, shard_bytes(max_shard_size))
+    write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(str(folder))
+
+
+def _without_empty_biases(state: Mapping[str, Any]) -> Dict[str, Any]:
+    """Without the zeros that PaddleNLP's LoRAModel gives as a bias to layers without one when it takes adapters out."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if layouts.read_name(name)[0]
+        or not (name.endswith("_proj.bias") and layouts.read_name(name[: -len("bias")] + "weight")[0])
+        or np.any(read_values(tensor))
+    }
 
 
 def shard_bytes(size: Union[int, str]) -> int:

@@ -5,9 +5,19 @@ layer's number, and None a tensor that LLaVA never uses.
 """
 
 import re
-from typing import Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
 
-__all__ = ["LAYOUTS", "Place", "PROJECTOR", "TOWER", "is_linear", "place_in", "published_name", "read_name"]
+__all__ = [
+    "LAYOUTS",
+    "PROJECTOR",
+    "Place",
+    "TOWER",
+    "is_linear",
+    "name_beside",
+    "place_in",
+    "published_name",
+    "read_name",
+]
 
 LAYOUTS = ("toolkit", "original", "huggingface")
 DECODER = "llama."
@@ -163,6 +173,34 @@ def place_in(name: str, toolkit: bool) -> Tuple[bool, Place]:
 _TO_CLIP = {ours: theirs for theirs, ours in _CLIP_TABLE.items() if ours is not None}
 
 
+def _clip_name(inner: str) -> Optional[str]:
+    return _look_up(_TO_CLIP, inner)[1]
+
+
+def _hugging_face_projector(inner: str) -> Optional[str]:
+    number, _, kind = inner.partition(".")
+    linear = {ours: theirs for theirs, ours in _HF_PROJECTOR.items()}.get(number)
+    return linear and f"{linear}.{kind}"
+
+
+def name_beside(name: str, published: Mapping[str, str]) -> str:
+    """What our tensor ``name`` would be called by whoever named ``published`` (our names -> theirs), as far as these tell.
+
+    >>> name_beside("llama.norm.weight", {"llama.embed_tokens.weight": "model.embed_tokens.weight"})
+    'model.norm.weight'
+    """
+    parts = (TOWER, PROJECTOR, DECODER)
+    part = next((part for part in parts if name.startswith(part)), None)
+    for ours, theirs in published.items() if part else ():
+        if part != next((each for each in parts if ours.startswith(each)), None):
+            continue
+        for rename in (_clip_name, _hugging_face_projector, str):
+            inner, wanted = rename(ours[len(part) :]), rename(name[len(part) :])
+            if inner and wanted and theirs.endswith(inner):
+                return theirs[: -len(inner)] + wanted
+    return name
+
+
 def published_name(name: str, layout: str) -> Place:
     """Our name -> the layout's, and whether the two axes are swapped on the way.
 
@@ -174,16 +212,13 @@ def published_name(name: str, layout: str) -> Place:
     hugging_face = layout == "huggingface"
     transpose = is_linear(name)
     if name.startswith(TOWER):
-        _, inner = _look_up(_TO_CLIP, name[len(TOWER) :])
         prefix = "vision_tower.vision_model." if hugging_face else "model.vision_tower.vision_tower.vision_model."
-        return Place(prefix + str(inner), transpose)
+        return Place(prefix + str(_clip_name(name[len(TOWER) :])), transpose)
     if name.startswith(PROJECTOR):
         inner = name[len(PROJECTOR) :]
         if not hugging_face:
             return Place("model.mm_projector." + inner, transpose)
-        number, _, kind = inner.partition(".")
-        linear = {ours: theirs for theirs, ours in _HF_PROJECTOR.items()}[number]
-        return Place(f"multi_modal_projector.{linear}.{kind}", transpose)
+        return Place(f"multi_modal_projector.{_hugging_face_projector(inner)}", transpose)
     if name == NEWLINE:
         return Place("image_newline" if hugging_face else "model.image_newline", False)
     if name == HEAD:
