@@ -12,7 +12,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
-__all__ = ["PretrainedConfig", "PretrainedModel"]
+__all__ = ["GenerationConfig", "PretrainedConfig", "PretrainedModel"]
 
 # What paddlenlp.data and paddlenlp.transformers, in this order, import of their own package.
 _PARTS = {"data", "generation", "layers", "ops", "quantization", "transformers", "utils"}
@@ -78,4 +78,5 @@ class _Rest:
 
 _import_transformers()
 
+from paddlenlp.generation import GenerationConfig  # noqa: E402
 from paddlenlp.transformers import PretrainedConfig, PretrainedModel  # noqa: E402

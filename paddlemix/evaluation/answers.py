@@ -44,7 +44,9 @@ def answer_prompts(
 
 
 def _greedy(model: Any, batch: Dict[str, Any], max_new_tokens: int) -> List[List[int]]:
-    ids, _ = model.generate(**batch, max_new_tokens=max_new_tokens, decode_strategy="greedy_search")
+    # as a chat does, whatever the checkpoint's generation_config.json says
+    plain = {"decode_strategy": "greedy_search", "repetition_penalty": 1.0, "min_new_tokens": 0}
+    ids, _ = model.generate(**batch, max_new_tokens=max_new_tokens, **plain)
     return ids.tolist()
 
 

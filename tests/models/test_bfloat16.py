@@ -78,6 +78,8 @@ def test_generation_and_what_learns(tmp_path):
     ids = paddle.to_tensor([PROMPT])
     answers, scores = model.generate(ids, pixel_values=picture(), max_new_tokens=6)
     assert answers.shape[1] <= 6 and np.isfinite(scores.numpy()).all()
+    out = model(ids, pixel_values=picture())  # outside no_grad: nothing could learn from it
+    assert int(out.logits[0, -1].argmax()) == answers[0, 0] and out.logits.stop_gradient
     with pytest.raises(UserError, match="bfloat16.*no_grad.*float32"):
         model(ids, pixel_values=picture(), labels=ids)
     model.llama.layers[0].mlp.up_proj.register_forward_post_hook(lambda layer, given, result: result)

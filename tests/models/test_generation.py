@@ -113,6 +113,11 @@ def test_several_draws_per_prompt(golden, model):  # noqa: F811
         ({"decode_strategy": "greedy"}, "decode_strategy is 'greedy'; expected one of"),
         ({"decode_strategy": "beam_search", "num_beams": 1}, "num_beams is 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; expected a whole number"),
+        ({"temperature": "0.2"}, "temperature is '0.2'; expected a number"),
+        ({"seed": -1}, "seed is -1; expected"),
+        ({"eos_token_id": [[10], [20, 20]]}, "eos_token_ids is .*; expected token ids"),
+        ({"images": "cat.png"}, "doesn't know images.*pixel_values"),
     ],
 )
 def test_a_wrong_setting_is_named(model, given, message):  # noqa: F811

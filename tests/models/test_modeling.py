@@ -132,6 +132,8 @@ def test_the_number_of_tiles_must_fit_the_pictures(model):
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"conversation_template": "vicuna"}, "conversation_template is 'vicuna'; expected one of"),
         ({"mm_vision_select_layer": 9}, "expected a number from -4 to 3"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0; expected a whole number"),
+        ({"vision_config": {**VISION, "patch_size": 0}}, "vision_config.patch_size is 0; expected a whole number"),
     ],
 )
 def test_a_configuration_that_cannot_be_honoured_is_refused(change, message):
@@ -145,3 +147,23 @@ def test_placeholders_among_labels_are_not_trained(model):
     expected = paddle.to_tensor([[-100] * 5 + PROMPT[5:]])
     loss = model(ids, pixel_values=picture(), labels=labels).loss
     assert float(loss) == float(model(ids, pixel_values=picture(), labels=expected).loss)
+
+
+@pytest.mark.parametrize("ask", [lambda model, **given: model(**given), lambda model, **given: model.generate(**given)])
+def test_shapes_that_do_not_fit_are_named(model, ask):
+    ids = paddle.to_tensor([PROMPT])
+    with pytest.raises(UserError, match=r"pixel_values has the shape \[1, 3, 12, 12\]; expected \[N, 3, 8, 8\]"):
+        ask(model, input_ids=ids, pixel_values=paddle.zeros([1, 3, 12, 12]))
+    with pytest.raises(UserError, match=r"attention_mask has the shape \[1, 3\], but input_ids \[1, 8\]"):
+        ask(model, input_ids=ids, attention_mask=paddle.ones([1, 3], "int64"), pixel_values=picture())
+    with pytest.raises(UserError, match=r"input_ids has the shape \[1, 0\]"):
+        ask(model, input_ids=paddle.zeros([1, 0], "int64"))
+
+
+@pytest.mark.skipif(paddle.device.get_device() != "cpu", reason="a GPU computes in float16")
+def test_float16_is_refused_by_a_cpu(tmp_path):
+    build().save_pretrained(tmp_path)
+    narrow = LlavaLlamaForCausalLM.from_pretrained(tmp_path, dtype="float16")
+    for ask in (narrow, narrow.generate):
+        with pytest.raises(UserError, match="CPU can't compute in float16.*float32 or bfloat16"):
+            ask(input_ids=paddle.to_tensor([PROMPT]), pixel_values=picture())

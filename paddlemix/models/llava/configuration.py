@@ -7,7 +7,7 @@ the template that the weights were trained with. Hugging Face's nested layout is
 
 import ast
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from paddlemix.errors import UserError
 from paddlemix.lazy_paddlenlp import PretrainedConfig
@@ -19,6 +19,17 @@ PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 ASPECT_RATIOS = ("square", "pad", "anyres")
 VISION_ACTIVATIONS = ("quick_gelu", "gelu")
 ROPE_TYPES = ("linear", "dynamic")
+DECODER_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+
+
+def _check_sizes(config: Any, names: Iterable[str], prefix: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{prefix}{name} is {value!r}; expected a whole number of at least 1.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class CLIPVisionConfig:
     hidden_act: str = "quick_gelu"
 
     def __post_init__(self):
+        _check_sizes(self, [field.name for field in fields(self) if field.type in (int, "int")], "vision_config.")
         if self.hidden_act not in VISION_ACTIVATIONS:
             raise UserError(
                 f"vision_config.hidden_act is {self.hidden_act!r}; expected one of {', '.join(VISION_ACTIVATIONS)}."
@@ -191,6 +203,7 @@ class LlavaConfig(PretrainedConfig):
 
         from paddlemix.models.llava.conversation import conv_templates
 
+        _check_sizes(self, DECODER_SIZES)
         one_of("mm_vision_select_feature", SELECT_FEATURES)
         one_of("mm_patch_merge_type", PATCH_MERGE_TYPES)
         one_of("image_aspect_ratio", ASPECT_RATIOS)

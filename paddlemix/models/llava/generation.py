@@ -3,7 +3,9 @@
 Shapes: B rows, V vocabulary, L new tokens.
 """
 
-from dataclasses import dataclass, field, fields, replace
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -11,8 +13,18 @@ import paddle
 import paddle.nn.functional as F
 
 from paddlemix.errors import UserError
+from paddlemix.lazy_paddlenlp import GenerationConfig
+from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.tensor_files import read_json
 
-__all__ = ["GenerationSettings", "Sampler", "beam_search", "decode_steps"]
+__all__ = [
+    "GenerationSettings",
+    "Sampler",
+    "beam_search",
+    "decode_steps",
+    "default_generation_config",
+    "read_generation_config",
+]
 
 STRATEGIES = ("greedy_search", "sampling", "beam_search")
 
@@ -30,7 +42,8 @@ class GenerationSettings:
         top_p (float): sample among the likeliest whose probabilities reach p (Holtzman et al., 2020).
         repetition_penalty (float): divides the positive and multiplies the negative logits of tokens already in the
             prompt or the answer (Keskar et al., 2019).
-        seed (int): makes sampling repeatable, whatever the device; None draws a new one.
+        seed (int): makes sampling repeatable, whatever the device; None draws one from Paddle's generator, so that
+            ``paddle.seed`` does it too.
         num_beams, length_penalty, early_stopping: beam search; a beam's score is its log-probability divided by
             ``length ** length_penalty``.
         num_return_sequences (int): answers per prompt (sampling: draws; beam search: best beams).
@@ -57,57 +70,128 @@ class GenerationSettings:
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
-        require(self.max_new_tokens >= 1, "max_new_tokens", "a whole number of at least 1")
+        def whole(name: str, least: int) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            require(number and np.isfinite(value), name, "a number")
+        require(whole("max_new_tokens", 1), "max_new_tokens", "a whole number of at least 1")
+        require(whole("min_new_tokens", 0), "min_new_tokens", "a whole number, 0 or more")
         require(self.decode_strategy in STRATEGIES, "decode_strategy", "one of " + ", ".join(STRATEGIES))
         require(self.temperature >= 0, "temperature", "0 (greedy) or more")
-        require(self.top_k >= 0, "top_k", "0 (all) or more")
+        require(whole("top_k", 0), "top_k", "a whole number, 0 (all) or more")
         require(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1")
         require(self.repetition_penalty > 0, "repetition_penalty", "a number above 0")
-        require(self.num_return_sequences >= 1, "num_return_sequences", "a whole number of at least 1")
+        require(self.seed is None or whole("seed", 0), "seed", "a whole number, 0 or more, or None")
+        require(isinstance(self.early_stopping, bool), "early_stopping", "true or false")
+        ends = all(isinstance(each, (int, np.integer)) for each in self.eos_token_ids)
+        require(ends, "eos_token_ids", "token ids, each of which ends an answer by itself")
+        require(whole("num_return_sequences", 1), "num_return_sequences", "a whole number of at least 1")
         if self.decode_strategy == "beam_search":
-            require(self.num_beams >= 2, "num_beams", "at least 2 for beam_search")
+            require(whole("num_beams", 2), "num_beams", "a whole number of at least 2 for beam_search")
             require(self.num_return_sequences <= self.num_beams, "num_return_sequences", "at most num_beams")
         elif self.decode_strategy == "greedy_search":
             require(self.num_return_sequences == 1, "num_return_sequences", "1 with greedy_search")
 
     @classmethod
     def build(cls, config, generation_config, given: Dict[str, Any]) -> "GenerationSettings":
-        """From what a call gives, else the generation config, else the model's config.
+        """From what a call gives, else the generation config (PaddleNLP's), else the model's config.
 
         Raises:
-            UserError: a name that nothing here reads.
+            UserError: a name, or a setting of the generation config, that nothing here reads.
         """
-        values = {}
-        for name in (f.name for f in fields(cls)):
-            stored = getattr(generation_config, name, None)
-            if stored is not None and name not in ("early_stopping", "num_beams"):
-                values[name] = stored
+        stored = dict(vars(generation_config)) if generation_config is not None else {}
+        if stored.get("num_beams") == 1:  # PaddleNLP's default, with which it searches no beams
+            del stored["num_beams"]
+        if stored.get("max_length") and stored.get("max_new_tokens") in (None, cls.max_new_tokens):
+            stored["max_new_tokens"] = stored["max_length"]
+        stored["min_new_tokens"] = stored.get("min_new_tokens") or stored.get("min_length")
         given = dict(given)
-        if "max_length" in given:  # PaddleNLP's older name of the same
-            given.setdefault("max_new_tokens", given["max_length"])
-            del given["max_length"]
-        if not values.get("max_new_tokens"):
-            values["max_new_tokens"] = getattr(generation_config, "max_length", 0) or cls.max_new_tokens
-        eos = given.pop("eos_token_id", None)
-        if eos is None:
-            eos = getattr(generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = config.eos_token_ids
-        values["eos_token_ids"] = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        for older, name in _OLDER_NAMES.items():
+            if older in given:
+                given.setdefault(name, given.pop(older))
+        _refuse_unread(stored, "generation_config sets")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(given) - known - set(_UNREAD) - _ANYTHING - {"eos_token_id"})
+        if unknown:
+            hint = " Pictures are pixel_values, as LlavaProcessor gives them." if "images" in unknown else ""
+            raise UserError(
+                f"generate() doesn't know {', '.join(unknown)}; it takes {', '.join(f.name for f in fields(cls))}.{hint}"
+            )
+        _refuse_unread(given, "generate() was given")
+        asked = {**stored, **{name: value for name, value in given.items() if value is not None}}
+        values = {name: asked[name] for name in known if asked.get(name) is not None}
+        eos = asked.get("eos_token_id")
+        eos = config.eos_token_ids if eos is None else eos
+        if "eos_token_ids" not in given:
+            values["eos_token_ids"] = list(eos) if isinstance(eos, (list, tuple)) else [eos]
         if values.get("pad_token_id") is None:
             pad = config.pad_token_id
             values["pad_token_id"] = pad if pad is not None and pad >= 0 else (values["eos_token_ids"] or [0])[0]
-        given.pop("bos_token_id", None)  # PaddleNLP's callers pass it; the prompt has it already
-        unknown = sorted(set(given) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UserError(
-                f"generate() doesn't know {', '.join(unknown)}; it takes {', '.join(f.name for f in fields(cls))}."
-            )
-        values.update({name: value for name, value in given.items() if value is not None})
-        settings = cls(**values)
-        if settings.temperature == 0 and settings.decode_strategy == "sampling":
-            settings = replace(settings, decode_strategy="greedy_search", num_return_sequences=1)
-        return settings
+        return cls(**values)
+
+
+# other names of the same, in PaddleNLP too
+_OLDER_NAMES = {"max_length": "max_new_tokens", "min_length": "min_new_tokens", "min_new_token": "min_new_tokens"}
+# what PaddleNLP's callers may pass whatever it is: there is always a cache, and the prompt begins as it should
+_ANYTHING = {"use_cache", "bos_token_id"}
+# PaddleNLP's settings that nothing here reads, and the values with which they ask for nothing
+_UNREAD = {
+    "diversity_rate": 0.0,
+    "no_repeat_ngram_size": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "decoder_start_token_id": None,
+    "num_beam_groups": 1,
+    "trunc_input": True,
+    "use_fast": False,
+    "use_fp16_decoding": False,
+    "fast_ptq_sampling": False,
+    "stopping_criteria": None,
+    "logits_processors": None,
+    "synced_gpus": False,
+}
+
+
+def _refuse_unread(values: Dict[str, Any], who: str) -> None:
+    for name, neutral in _UNREAD.items():
+        value = values.get(name)
+        if value is not None and value != neutral:
+            raise UserError(f"{who} {name} to {value!r}, which isn't built here; leave it out.")
+
+
+def default_generation_config(config: LlavaConfig) -> GenerationConfig:
+    """PaddleNLP's, with the special tokens of the model."""
+    return GenerationConfig(**{name: getattr(config, name) for name in _SPECIAL})
+
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
+    """What generation_config.json of a checkpoint says; the default where there is none.
+
+    Raises:
+        UserError: a value that PaddleNLP refuses.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return default_generation_config(config)
+    values = read_json(path)
+    if "transformers_version" in values:
+        values.pop("max_length", None)  # there it counts the prompt too
+    for name in _SPECIAL:
+        if values.get(name) is None:
+            values[name] = getattr(config, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a temperature beside greedy search, as in Vicuna's files
+            return GenerationConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds a value that can't be used: {error}") from error
 
 
 def penalise_repetition(scores: np.ndarray, seen: List[List[int]], penalty: float) -> np.ndarray:
@@ -129,7 +213,10 @@ class Sampler:
     def __init__(self, settings: GenerationSettings):
         self.settings = settings
         self.greedy = settings.decode_strategy == "greedy_search" or settings.temperature == 0
-        self.random = np.random.default_rng(settings.seed)
+        seed = settings.seed
+        if seed is None and not self.greedy:
+            seed = paddle.randint(0, 2**31 - 1, [1]).item()
+        self.random = np.random.default_rng(seed)
 
     def __call__(self, logits: paddle.Tensor, seen: List[List[int]], step: int) -> Tuple[np.ndarray, np.ndarray]:
         """logits [B, V], what each row holds so far, how many tokens are new -> ids [B], log-probabilities [B].

@@ -15,6 +15,7 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
+from paddlemix.errors import UserError
 from paddlemix.models.llava.onednn import Products, products
 
 __all__ = [
@@ -37,7 +38,13 @@ def on_cpu() -> bool:
 
 
 def working_dtype(weight: paddle.Tensor):
-    """What a layer of such weights computes in: float32 on a CPU, where bfloat16 is a way to hold weights only."""
+    """What a layer of such weights computes in: float32 on a CPU, where bfloat16 is a way to hold weights only.
+
+    Raises:
+        UserError: float16 on a CPU.
+    """
+    if weight.dtype == paddle.float16 and on_cpu():
+        raise UserError("a CPU can't compute in float16; open the model with dtype float32 or bfloat16.")
     return paddle.float32 if weight.dtype == paddle.bfloat16 and on_cpu() else weight.dtype
 
 

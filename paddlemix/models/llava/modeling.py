@@ -5,9 +5,10 @@
 Shapes: B batch, T tokens, N tiles, M pictures, P patches, D width, V vocabulary, H/W pixels.
 """
 
+import contextlib
 import logging
 from pathlib import Path
-from typing import List, Optional, Tuple, Union
+from typing import Any, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 import paddle
@@ -20,9 +21,16 @@ from paddlemix.models.llava.anyres import num_tiles, pack_image_features
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.decoder import KVCache, LlamaDecoder
-from paddlemix.models.llava.generation import GenerationSettings, Sampler, beam_search, decode_steps
+from paddlemix.models.llava.generation import (
+    GenerationSettings,
+    Sampler,
+    beam_search,
+    decode_steps,
+    default_generation_config,
+    read_generation_config,
+)
 from paddlemix.models.llava.host_passes import HostPasses
-from paddlemix.models.llava.lean import working_dtype
+from paddlemix.models.llava.lean import on_cpu, working_dtype
 from paddlemix.models.llava.linear import project, project_back
 from paddlemix.models.llava.merge import merge_image_features
 from paddlemix.models.llava.projector import build_projector
@@ -33,8 +41,8 @@ __all__ = ["LlavaLlamaForCausalLM", "LlavaModel", "LlavaOutput"]
 logger = logging.getLogger(__name__)
 
 
-class LlavaOutput:
-    """What a forward gives.
+class LlavaOutput(tuple):
+    """What a forward gives: (loss, logits) where labels were given, else (logits,), as PaddleNLP's models do.
 
     Attributes:
         loss: scalar, where labels were given.
@@ -42,23 +50,43 @@ class LlavaOutput:
             labelled positions only.
         hidden_states: [B, T, D] after the last norm.
         label_logits, label_ids: [K, V] and [K] at the K positions that were trained, where labels were given.
+
+    Args:
+        parts: loss and logits, or logits. For the logits a function that computes them will do.
     """
 
-    def __init__(self, lm_head, hidden_states, loss=None, label_logits=None, label_ids=None):
-        self._lm_head, self._logits = lm_head, None
-        self.hidden_states, self.loss = hidden_states, loss
-        self.label_logits, self.label_ids = label_logits, label_ids
+    def __new__(cls, parts: Iterable[Any], **named):
+        return super().__new__(cls, parts)
+
+    def __init__(self, parts, *, hidden_states=None, label_logits=None, label_ids=None):
+        self._logits = None
+        self.hidden_states, self.label_logits, self.label_ids = hidden_states, label_logits, label_ids
+
+    @property
+    def loss(self) -> Optional[paddle.Tensor]:
+        return None if len(self) == 1 else super().__getitem__(0)
 
     @property
     def logits(self) -> paddle.Tensor:
         if self._logits is None:
-            self._logits = self._lm_head(self.hidden_states)
+            last = super().__getitem__(-1)
+            self._logits = last if isinstance(last, paddle.Tensor) else last()
         return self._logits
 
+    def _read(self, part):
+        return part if isinstance(part, paddle.Tensor) else self.logits
+
+    def __iter__(self):
+        return map(self._read, super().__iter__())
+
     def __getitem__(self, index):
-        """PaddleNLP's order: (loss, logits) where there is a loss, else (logits,)."""
-        parts = (self.logits,) if self.loss is None else (self.loss, self.logits)
-        return parts[index]
+        """By place, or by name: ``output["loss"]``."""
+        if isinstance(index, str):
+            if index not in ("loss", "logits") or getattr(self, index) is None:
+                raise KeyError(index)
+            return getattr(self, index)
+        found = super().__getitem__(index)
+        return tuple(map(self._read, found)) if isinstance(index, slice) else self._read(found)
 
 
 class LlavaModel(LlamaDecoder):
@@ -92,6 +120,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
+        self.generation_config = default_generation_config(config)
         self.llama = LlavaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias_attr=False)
@@ -103,11 +132,44 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             if getattr(layer, "bias", None) is not None:
                 layer.bias.set_value(paddle.zeros_like(layer.bias))
 
+    def can_generate(self) -> bool:
+        """PretrainedModel's hook: there is a ``generation_config``."""
+        return True
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.llama.embed_tokens
 
     def get_output_embeddings(self) -> Optional[nn.Layer]:
         return None if self.config.tie_word_embeddings else self.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: Optional[int] = None) -> nn.Embedding:
+        """Gives the vocabulary another size V; new rows and columns are drawn as in a new model, the old ones stay.
+
+        Returns:
+            the token embeddings [V, D].
+        """
+        old = self.config.vocab_size
+        if new_num_tokens is None or new_num_tokens == old:
+            return self.llama.embed_tokens
+        if new_num_tokens < 1:
+            raise UserError(f"new_num_tokens is {new_num_tokens}; expected at least 1.")
+        tables = [(self.llama.embed_tokens, 0)]
+        if not self.config.tie_word_embeddings:
+            tables.append((self.lm_head, 1))
+        for layer, axis in tables:
+            values, shape = layer.weight.detach().astype("float32"), list(layer.weight.shape)
+            if new_num_tokens > old:
+                shape[axis] = new_num_tokens - old
+                fresh = paddle.normal(0.0, self.config.initializer_range, shape)
+                values = paddle.concat([values, fresh], axis=axis)
+            else:
+                values = paddle.slice(values, [axis], [0], [new_num_tokens])
+            weight = layer.create_parameter(values.shape, dtype=layer.weight.dtype)
+            weight.set_value(values.astype(weight.dtype))
+            weight.stop_gradient = layer.weight.stop_gradient
+            layer.weight = weight
+        self.config.vocab_size = new_num_tokens
+        return self.llama.embed_tokens
 
     # reading and writing
 
@@ -138,12 +200,18 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         config.dtype = dtype
         with checkpoint.no_init(dtype):
             model = cls(config)
+        model.generation_config = read_generation_config(folder, config)
         checkpoint.load_weights(model, folder, dtype)
         model.eval()
         return model
 
     def save_pretrained(self, save_dir: Union[str, Path], *, state_dict=None, max_shard_size="5GB", **kwargs) -> None:
-        """Writes config.json, generation_config.json and safetensors (sharded above ``max_shard_size``)."""
+        """Writes config.json, generation_config.json and safetensors (sharded above ``max_shard_size``).
+
+        Raises:
+            UserError: ``save_dir`` is a file, or the model has tensors that none of its layers would read, as after a merge
+                by PaddleNLP's LoRAModel that left the adapters in place.
+        """
         from paddlemix.models.llava import checkpoint
 
         self.config.validate()
@@ -165,14 +233,19 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             M tensors [K_i, D].
         """
         config = self.config
+        side = None if config.vision is None else config.vision.image_size
         if config.vision is None:
             raise UserError("this checkpoint has no vision tower, so it can't take pictures; leave images out.")
+        if list(pixel_values.shape[1:]) != [3, side, side]:
+            raise UserError(
+                f"pixel_values has the shape {list(pixel_values.shape)}; expected [N, 3, {side}, {side}], as this "
+                "checkpoint's LlavaProcessor gives."
+            )
         if image_sizes is None:
             if config.image_aspect_ratio == "anyres":
                 raise UserError(
                     "image_sizes is missing; an anyres model needs [M, 2] (width, height) beside pixel_values."
                 )
-            side = config.vision.image_size
             sizes = [(side, side)] * pixel_values.shape[0]
         else:
             rows = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
@@ -238,20 +311,41 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             loss_reduction: ``mean`` over the labelled tokens of this call, or their ``sum``.
         """
         if inputs_embeds is None:
-            features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
-            inputs_embeds = self.embed(input_ids, features)
-        hidden = self.llama(inputs_embeds, attention_mask, position_ids, segment_ids)
+            self._check_prompts(input_ids, attention_mask)
+        # on a CPU weights in bfloat16 can't learn, so a pass without labels isn't for learning either
+        fixed = labels is None and self.llama.embed_tokens.weight.dtype == paddle.bfloat16 and on_cpu()
+        with paddle.no_grad() if fixed else contextlib.nullcontext():
+            if inputs_embeds is None:
+                features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
+                inputs_embeds = self.embed(input_ids, features)
+            hidden = self.llama(inputs_embeds, attention_mask, position_ids, segment_ids)
+
+        def logits() -> paddle.Tensor:
+            with paddle.no_grad() if fixed else contextlib.nullcontext():
+                return self.lm_logits(hidden)
+
         if labels is None:
-            return LlavaOutput(self.lm_logits, hidden)
+            return LlavaOutput([logits], hidden_states=hidden)
         targets = labels[:, 1:].flatten()
         places = paddle.nonzero((targets != IGNORE_INDEX) & (targets != IMAGE_TOKEN_INDEX)).flatten()
         if places.shape[0] == 0:
-            return LlavaOutput(self.lm_logits, hidden, loss=hidden.astype("float32").sum() * 0.0)
+            return LlavaOutput([hidden.astype("float32").sum() * 0.0, logits], hidden_states=hidden)
         chosen = paddle.gather(hidden[:, :-1].flatten(0, 1), places)
         label_ids = paddle.gather(targets, places)
         label_logits = self.lm_logits(chosen)
         loss = F.cross_entropy(label_logits.astype("float32"), label_ids, reduction=loss_reduction)
-        return LlavaOutput(self.lm_logits, hidden, loss, label_logits, label_ids)
+        return LlavaOutput([loss, logits], hidden_states=hidden, label_logits=label_logits, label_ids=label_ids)
+
+    @staticmethod
+    def _check_prompts(input_ids: paddle.Tensor, attention_mask: Optional[paddle.Tensor]) -> None:
+        if input_ids is None or len(input_ids.shape) != 2 or input_ids.size == 0:
+            shape = None if input_ids is None else list(input_ids.shape)
+            raise UserError(f"input_ids has the shape {shape}; expected [B, T], with at least one token.")
+        if attention_mask is not None and list(attention_mask.shape) != list(input_ids.shape):
+            raise UserError(
+                f"attention_mask has the shape {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}; "
+                "expected the same."
+            )
 
     # generation
 
@@ -300,8 +394,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
         Args:
             input_ids, attention_mask, pixel_values, image_sizes: a batch from the processor; padding on the left.
-            generation_config: PaddleNLP's; default the model's own.
-            streamer: PaddleNLP's TextStreamer, for a batch of one.
+            generation_config: PaddleNLP's, also in the second place; default the model's own, from the checkpoint's
+                generation_config.json or with PaddleNLP's defaults (greedy, 20 tokens; sampling among the 50 likeliest).
+            streamer: PaddleNLP's TextStreamer, for a batch of one; not with beam search.
             cache: what the prompts follow, one row each; with room for them and what is new. It is used up.
             kwargs: fields of :class:`GenerationSettings`, and ``eos_token_id`` (one or a list).
 
@@ -309,8 +404,12 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             ids [B * num_return_sequences, L], the new ones only, the end token included and then padded; and scores
             [B * num_return_sequences, 1]: the mean log-probability of a row's tokens (beam search: the beam's score).
         """
-        kwargs.pop("use_cache", None)  # PaddleNLP's callers pass it; there is always a cache
+        if attention_mask is not None and not isinstance(attention_mask, paddle.Tensor):
+            generation_config, attention_mask = attention_mask, None
         settings = GenerationSettings.build(self.config, generation_config or self.generation_config, kwargs)
+        if streamer is not None and settings.decode_strategy == "beam_search":
+            raise UserError("a streamer can't follow beam_search, which changes its mind; leave one of them out.")
+        self._check_prompts(input_ids, attention_mask)
         if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
             raise UserError("the prompts are padded on the right; pad on the left to generate (LlavaProcessor does).")
         training = self.training
