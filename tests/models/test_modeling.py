@@ -132,6 +132,7 @@ def test_the_number_of_tiles_must_fit_the_pictures(model):
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"conversation_template": "vicuna"}, "conversation_template is 'vicuna'; expected one of"),
         ({"mm_vision_select_layer": 9}, "expected a number from -4 to 3"),
+        ({"text_config": {"hidden_size": 24}}, "LlavaConfig.from_pretrained"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0; expected a whole number"),
         ({"vision_config": {**VISION, "patch_size": 0}}, "vision_config.patch_size is 0; expected a whole number"),
     ],

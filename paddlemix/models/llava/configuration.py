@@ -137,6 +137,10 @@ class LlavaConfig(PretrainedConfig):
         demo_note: Optional[str] = None,
         **kwargs,
     ):
+        if "text_config" in kwargs:
+            raise UserError(
+                "text_config is Hugging Face's way of a config.json; open its folder by LlavaConfig.from_pretrained."
+            )
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
