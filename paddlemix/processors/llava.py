@@ -82,6 +82,7 @@ class LlavaProcessor:
         folder_or_name: Union[str, Path],
         config: Optional["LlavaConfig"] = None,
         image_aspect_ratio: Optional[str] = None,
+        adapter: Optional[Path] = None,
     ) -> "LlavaProcessor":
         """Opens the tokenizer and the image processor of a checkpoint.
 
@@ -89,6 +90,8 @@ class LlavaProcessor:
             folder_or_name: whatever ``LlavaLlamaForCausalLM.from_pretrained`` opens.
             config: instead of the checkpoint's own, for a training that changes it.
             image_aspect_ratio: instead of the checkpoint's own.
+            adapter: folder of a LoRA adapter that goes over the checkpoint. What it holds of config, tokenizer, chat
+                template and image processor is what it was trained with, and used instead.
 
         Raises:
             UserError: an unknown name, a missing or corrupt file.
@@ -96,11 +99,13 @@ class LlavaProcessor:
         from paddlemix.models.llava import checkpoint
 
         folder = checkpoint.resolve(folder_or_name)
-        config = checkpoint.read_config(folder) if config is None else config
+        config = checkpoint.read_config(folder, adapter) if config is None else config
         if image_aspect_ratio is not None:
             config = deepcopy(config)
             config.image_aspect_ratio = image_aspect_ratio
             config.validate()
+        if adapter is not None and has_tokenizer(adapter):
+            folder = adapter
         if not has_tokenizer(folder):
             folder = checkpoint.lora_base(folder) or folder  # an adapter alone goes by its base
         image_processor = None

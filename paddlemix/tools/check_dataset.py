@@ -296,7 +296,9 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
     from paddlemix.tools.supervised_finetune import record_template
 
     folder = resolve(settings["model_name_or_path"])
-    processor = LlavaProcessor.from_pretrained(folder, image_aspect_ratio=settings.get("image_aspect_ratio"))
+    adapter = resolve(settings["lora_path"]) if settings.get("lora_path") else None
+    ratio = settings.get("image_aspect_ratio")
+    processor = LlavaProcessor.from_pretrained(folder, image_aspect_ratio=ratio, adapter=adapter)
     if settings.get("text_model_name_or_path"):
         processor.tokenizer = load_tokenizer(resolve(settings["text_model_name_or_path"]))
     if settings.get("version"):

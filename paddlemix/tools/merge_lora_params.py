@@ -48,7 +48,6 @@ def merge(
         UserError: a base or an adapter that isn't there, isn't whole, or doesn't fit the other.
     """
     from paddlemix.models.llava import checkpoint
-    from paddlemix.models.llava.hub import has_tokenizer
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.trainer.adapters import read_lora_config
@@ -64,15 +63,13 @@ def merge(
     if target.exists() and not target.is_dir():
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
     base = checkpoint.resolve(model_name_or_path)
+    processor = LlavaProcessor.from_pretrained(base, adapter=adapter)
     if target.resolve() == base.resolve():
         raise UserError(f"--merge_model_path names {target}, which is the base itself; name another folder.")
 
-    # the adapter's own config has the conversation template and image aspect ratio that it was trained with
-    described = adapter if (adapter / "config.json").is_file() else base
-    config = checkpoint.read_config(described)
-    model = LlavaLlamaForCausalLM.from_pretrained(base, config=config, dtype=dtype or _stored_dtype(base, checkpoint))
+    dtype = dtype or _stored_dtype(base, checkpoint)
+    model = LlavaLlamaForCausalLM.from_pretrained(base, config=processor.config, dtype=dtype)
     checkpoint.merge_lora(model, adapter)
-    processor = LlavaProcessor.from_pretrained(adapter if has_tokenizer(adapter) else base, config=config)
     with write_aside(target) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

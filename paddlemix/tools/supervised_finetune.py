@@ -86,8 +86,11 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     set_seed(args.seed)
     with args.main_process_first(desc="fetching the model"):
         folder = checkpoint.resolve(args.model_name_or_path)
-    config = read_config(folder, args, settings)
-    processor = LlavaProcessor.from_pretrained(folder, config=config, image_aspect_ratio=args.image_aspect_ratio)
+        adapter = checkpoint.resolve(args.lora_path) if args.lora_path else None
+    config = read_config(folder, adapter, args, settings)
+    processor = LlavaProcessor.from_pretrained(
+        folder, config=config, image_aspect_ratio=args.image_aspect_ratio, adapter=adapter
+    )
     if args.text_model_name_or_path:
         processor.tokenizer = load_tokenizer(checkpoint.resolve(args.text_model_name_or_path))
         if len(processor.tokenizer) > config.vocab_size:
@@ -124,7 +127,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
         checkpoint.load_projector(model, args.pretrain_mm_mlp_adapter)
         mark_differing(model, "projector")
     if args.lora:
-        model = adapt(model, args, settings, folder)
+        model = adapt(model, args, settings, folder, adapter)
     parts["model"] = model
     if args.do_train:
         freeze(model, args)
@@ -133,12 +136,12 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     return parts
 
 
-def read_config(folder: Path, args: Any, settings: Dict[str, Any]) -> Any:
-    """The checkpoint's config with what the run changes in it."""
+def read_config(folder: Path, adapter: Optional[Path], args: Any, settings: Dict[str, Any]) -> Any:
+    """The checkpoint's config, or that of the adapter which the run goes on from, with what the run changes in it."""
     from paddlemix.models.llava import checkpoint
     from paddlemix.models.llava.conversation import conv_templates
 
-    config = checkpoint.read_config(folder)
+    config = checkpoint.read_config(folder, adapter)
     if args.version is not None:
         if args.version not in conv_templates:
             raise UserError(f"version is {args.version!r}; expected a template: {', '.join(sorted(conv_templates))}.")
@@ -193,9 +196,8 @@ def check_batch(args: Any, samples: int) -> None:
         )
 
 
-def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path) -> Any:
+def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter: Optional[Path]) -> Any:
     """The model with a new adapter, or with that of ``lora_path``."""
-    from paddlemix.models.llava import checkpoint
     from paddlemix.trainer.adapters import add_lora, check_against_adapter, read_lora_config
     from paddlemix.trainer.weights import load_trained_weights
 
@@ -210,9 +212,8 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path) -> Any:
         "dtype": args.compute_dtype,
         "base": base,
     }
-    if args.lora_path is None:
+    if adapter is None:
         return add_lora(model, **options)
-    adapter = checkpoint.resolve(args.lora_path)
     config = read_lora_config(adapter)
     check_against_adapter(settings, config, adapter)
     options.update(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("rslora", False))

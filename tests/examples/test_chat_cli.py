@@ -18,8 +18,10 @@ from paddlemix.examples.llava import run_predict_multiround as program
 from paddlemix.models.llava.chat import LlavaChat
 from paddlemix.models.llava.conversation import conv_templates
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+from paddlemix.processors.chat_template import ChatTemplate
 from paddlemix.processors.llava import LlavaProcessor
 from paddlemix.trainer.adapters import add_lora
+from paddlemix.trainer.weights import save_trained_weights
 from tests.models import chat_models
 from tests.models.chat_models import CAT
 
@@ -300,6 +302,40 @@ def test_an_adapter_that_is_not_merged(folder, tmp_path, capsys):
     tuned.eval()
     assert adapted == "".join(chat.ask("Why?")) != plain
     assert answer("--model-path", tmp_path) == adapted  # the folder of the adapter records its base
+
+
+OWN = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"], "query": "Q: {{query}}\nA:"}
+
+
+@pytest.mark.parametrize(
+    "name, own, prompt",
+    [("llava_v0", None, "###Human: <image>\\nWhy?###Assistant:"), ("vicuna_v1", OWN, "Q: <image>\\nWhy?\\nA:")],
+    ids=["named", "own"],
+)
+def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path, capsys, name, own, prompt):
+    tuned = add_lora(LlavaLlamaForCausalLM.from_pretrained(folder), rank=4, base=str(folder))
+    tuned.model.config.conversation_template, tuned.model.config.image_aspect_ratio = name, "square"
+    save_trained_weights(tuned, tmp_path)
+    processor = LlavaProcessor.from_pretrained(folder, config=tuned.model.config, image_aspect_ratio="square")
+    processor.chat_template = ChatTemplate(own) if own else None
+    processor.save_pretrained(tmp_path)
+    told = []
+    for flags in (["--model-path", folder, "--lora-path", tmp_path], ["--model-path", tmp_path]):
+        flags = [*map(str, flags), "--image-file", str(CAT), "--temperature", "0", "--max-new-tokens", "4", "--debug"]
+        assert program.main([*flags, "--question", "Why?"]) == 0
+        out, err = capsys.readouterr()
+        (asked,) = [line for line in err.splitlines() if line.startswith("debug: prompt: ")]
+        assert asked.rstrip("'\"").endswith(prompt), asked
+        told.append((asked, out))
+    assert told[0] == told[1]
+
+
+def test_an_adapter_is_not_applied_twice(folder, tmp_path, capsys):
+    save_trained_weights(add_lora(LlavaLlamaForCausalLM.from_pretrained(folder), rank=4, base=str(folder)), tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    flags = ["--model-path", str(tmp_path), "--lora-path", str(tmp_path / "link"), "--question", "Why?"]
+    assert program.main(flags) == 1
+    assert "applied twice" in capsys.readouterr().err
 
 
 # ---- parts that need no process of their own ----

@@ -113,6 +113,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
         (["--lora_path", str(nameless)], ["--model_name_or_path"]),
         (["--lora_path", adapter, "--model_name_or_path", str(other)], ["does not fit"]),
         (["--lora_path", adapter, "--model_name_or_path", "no/where"], ["no/where"]),
+        (["--lora_path", adapter, "--model_name_or_path", adapter], ["applied twice"]),
     ):
         assert main([*arguments, "--merge_model_path", output]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]

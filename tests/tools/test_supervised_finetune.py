@@ -18,6 +18,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.chat import LlavaChat
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.processors.llava import LlavaProcessor
+from paddlemix.tools.check_dataset import main as check_dataset
 from paddlemix.tools.merge_lora_params import main as merge_main
 from paddlemix.tools.supervised_finetune import main, run
 from paddlemix.trainer.callbacks import read_log
@@ -158,6 +159,27 @@ def test_a_run_goes_on_from_an_adapter(room, lora_run, tmp_path):
     other = configure(room, tmp_path / "other", lora=True, lora_path=str(lora_run), lora_rank=16)
     with pytest.raises(UserError, match="lora_rank is 16, but the adapter"):
         run([other])
+
+
+def test_a_run_that_goes_on_from_an_adapter_keeps_its_template_and_aspect_ratio(room, tmp_path, capsys):
+    own = chat_template(tmp_path, "own.json", conversation=["Q: {{user}}\n", "A: {{bot}}</s>\n"])
+    entry = {"data_files": str(room / "data" / "train.json")}
+    named = dict(version="llava_v0", image_aspect_ratio="pad")
+    filed = dict(dataset={"train": [{**entry, "chat_template": own}]}, image_aspect_ratio="pad")
+    for name, options in (("named", named), ("filed", filed)):
+        first, more = tmp_path / name, tmp_path / f"{name}-more"
+        options = dict(lora=True, max_steps=1, save_strategy="no", **options)
+        assert run([configure(room, first, **options)]) == 0
+        assert run([configure(room, more, lora=True, lora_path=str(first), max_steps=1, save_strategy="no")]) == 0
+        before, after = LlavaProcessor.from_pretrained(first), LlavaProcessor.from_pretrained(more)
+        assert after.template == before.template != LlavaProcessor.from_pretrained(room / "base").template
+        assert after.image_processor.image_aspect_ratio == after.config.image_aspect_ratio == "pad"
+        assert check_dataset([configure(room, more, lora=True, lora_path=str(first)), "--show", "1"]) == 0
+        shown = capsys.readouterr().out
+        assert ("###Human:" if name == "named" else "Q: <image>") in shown
+    twice = configure(room, tmp_path / "twice", lora=True, lora_path=str(first), model_name_or_path=str(first))
+    with pytest.raises(UserError, match="applied twice"):
+        run([twice])
 
 
 def test_a_run_goes_on_from_an_adapter_of_paddlenlp(room, lora_run, tmp_path):

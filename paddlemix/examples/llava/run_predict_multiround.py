@@ -210,7 +210,8 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
 
         if args.conv_mode not in conv_templates:
             raise UserError(f"--conv-mode is {args.conv_mode!r}; expected one of {', '.join(conv_templates)}.")
-    if args.lora_path is not None and not Path(args.lora_path).expanduser().is_dir():
+    adapter = Path(args.lora_path).expanduser() if args.lora_path is not None else None
+    if adapter is not None and not adapter.is_dir():
         raise UserError(f"--lora-path is {args.lora_path!r}, which is no folder; expected that of a LoRA adapter.")
     from paddlemix.models.llava.hub import resolve
 
@@ -233,10 +234,10 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
     from paddlemix.processors.llava import LlavaProcessor
 
     started = time.perf_counter()
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, dtype=dtype)
-    if args.lora_path is not None:
-        merge_lora(model, args.lora_path)
-    processor = LlavaProcessor.from_pretrained(folder)
+    processor = LlavaProcessor.from_pretrained(folder, adapter=adapter)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, config=processor.config, dtype=dtype)
+    if adapter is not None:
+        merge_lora(model, adapter)
     if args.debug:
         debug(f"model: {args.model_path} on {device} in {dtype}, {time.perf_counter() - started:.1f} s")
     chat = LlavaChat(

@@ -85,13 +85,25 @@ class Source:
 # config
 
 
-def read_config(folder: Union[str, Path]) -> LlavaConfig:
+def read_config(folder: Union[str, Path], adapter: Optional[Path] = None) -> LlavaConfig:
     """The configuration of a checkpoint in any layout of interface section 4.
+
+    Args:
+        adapter: folder of a LoRA adapter that goes over it; its own config.json, if there is one, is read instead,
+            since that has the conversation template and image aspect ratio that the adapter was trained with.
 
     Raises:
         UserError: no config.json, or one that the model can't honour; it names the key and what was expected.
     """
     folder = Path(folder)
+    if adapter is not None:
+        if adapter.resolve() == folder.resolve():
+            raise UserError(
+                f"{adapter} is named as the model and as the adapter too, so that it would be applied twice; name it once, "
+                "as the model, or name the model that it adapts."
+            )
+        if (adapter / "config.json").is_file():
+            folder = adapter
     path = folder / "config.json"
     if not path.is_file():
         base = lora_base(folder)
