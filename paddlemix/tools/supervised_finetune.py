@@ -329,8 +329,8 @@ def work(trainer: Any, plan: Any) -> int:
             logger.warning("Stopped at step %d; the same command goes on from there.", trainer.state.global_step)
             return 128 + (trainer.stopper.signal_number or 0)
         results["train"] = output.metrics
-    if args.do_eval and not trainer.evaluated_last_step:
-        results["eval"] = trainer.evaluate()
+    if args.do_eval:
+        results["eval"] = trainer.last_evaluation or trainer.evaluate()
     if args.do_predict:
         results["predict"] = trainer.write_predictions()
     if args.benchmark:

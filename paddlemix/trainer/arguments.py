@@ -185,6 +185,12 @@ class FinetuneArguments(TrainingArguments):
     do_eval: Optional[bool] = field(
         default=None, metadata={"help": "Evaluate; default true if evaluation_strategy is steps or epoch."}
     )
+    evaluation_strategy: Optional[IntervalStrategy] = field(
+        default=None,
+        metadata={
+            "help": "Evaluate every so many steps, each epoch, or (no) at the end alone; default steps if do_eval is true."
+        },
+    )
     output_dir: Optional[str] = field(default=None, metadata={"help": "Where checkpoints and the result are written."})
     overwrite_output_dir: bool = field(
         default=False,
@@ -211,12 +217,17 @@ class FinetuneArguments(TrainingArguments):
             self.logging_dir = os.path.join(self.output_dir, "runs", self.run_name)
         if self.do_train is None:
             self.do_train = not (self.do_eval or self.do_predict)
-        evaluates = IntervalStrategy(self.evaluation_strategy) != IntervalStrategy.NO
+        given = self.evaluation_strategy is not None
+        self.evaluation_strategy = IntervalStrategy(self.evaluation_strategy or IntervalStrategy.NO)
+        evaluates = self.evaluation_strategy != IntervalStrategy.NO
+        at_the_end = bool(self.do_eval) and given and not evaluates
         if self.do_eval is None:
             self.do_eval = evaluates and self.do_train
         elif not self.do_eval and evaluates:
             # an explicit "do_eval": false wins over the strategy, which PaddleNLP would let turn evaluation on
             self.evaluation_strategy = IntervalStrategy.NO
+        if at_the_end:
+            self.do_eval = False  # or PaddleNLP makes the strategy steps
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
         elif self.report_to is None:  # PaddleNLP would fail where VisualDL isn't installed
@@ -225,6 +236,7 @@ class FinetuneArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(" ".join(str(error).split()).replace("--", "")) from error
+        self.do_eval = self.do_eval or at_the_end
         self.unified_checkpoint = False
 
     @property

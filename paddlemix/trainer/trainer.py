@@ -131,6 +131,7 @@ class LlavaTrainer(Trainer):
         self._progress: Dict[str, Any] = {}
         self._resumed_from: Optional[Path] = None
         self._evaluated_at: Optional[int] = None
+        self._last_metrics: Dict[str, float] = {}
         self._loaded_best = False
 
     # parts
@@ -146,9 +147,10 @@ class LlavaTrainer(Trainer):
         return self.stopper.stopped
 
     @property
-    def evaluated_last_step(self) -> bool:
-        """The model as it is now has been evaluated."""
-        return self._evaluated_at == self.state.global_step and not self._loaded_best
+    def last_evaluation(self) -> Optional[Dict[str, float]]:
+        """What ``evaluate`` gave for the model as it is now; None if it hasn't been evaluated."""
+        current = self._evaluated_at == self.state.global_step and not self._loaded_best
+        return self._last_metrics if current else None
 
     @property
     def _ranks(self) -> int:
@@ -630,7 +632,7 @@ class LlavaTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
-        self._evaluated_at = self.state.global_step
+        self._evaluated_at, self._last_metrics = self.state.global_step, metrics
         return metrics
 
     def write_predictions(self, dataset: Any = None) -> Dict[str, float]:

@@ -257,6 +257,25 @@ def test_evaluation_alone_and_predictions(room, tmp_path):
     np.testing.assert_allclose(same["eval_loss"], results["eval_loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes, steps",
+    [
+        ({"evaluation_strategy": "no"}, [4]),
+        ({}, [1, 2, 3, 4]),
+        ({"eval_steps": 2}, [2, 4]),
+        ({"evaluation_strategy": "steps", "eval_steps": 3}, [3, 4]),
+    ],
+    ids=["no", "not said", "eval_steps", "steps"],
+)
+def test_when_the_eval_data_are_looked_at_and_what_is_left_of_it(room, tmp_path, changes, steps):
+    config = configure(room, tmp_path / "out", dataset=with_eval(room), do_eval=True, save_strategy="no", **changes)
+    assert run([config]) == 0
+    evaluated = [entry for entry in read_log(tmp_path / "out" / "train_log.jsonl") if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluated] == steps
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["eval_loss"] == evaluated[-1]["eval_loss"]
+
+
 def test_benchmark_reports_and_saves_nothing(room, tmp_path, caplog):
     config = configure(room, tmp_path / "out", benchmark=True, save_strategy="no", max_steps=2)
     with caplog.at_level("INFO", logger="paddlemix"):
@@ -303,6 +322,7 @@ def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
         ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
         ({"fp16": True, "device": "cpu"}, ["fp16", "bf16"]),
         ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
+        ({"load_best_model_at_end": True, "do_eval": True, "evaluation_strategy": "no"}, ["load_best_model_at_end"]),
         ({"pretrain_mm_mlp_adapter": "gone.bin"}, ["gone.bin"]),
         ({"resume_from_checkpoint": True}, ["no whole checkpoint"]),
     ],
