@@ -225,7 +225,6 @@ class SupervisedDataset(Dataset):
         lengths (list of int): tokens of each sample, pictures included; positive where it has a picture, negative
             where it is text only, as ``group_by_modality_length`` wants it.
         counts (Counter): rows, samples, cut, dropped, and tokens: text, image, supervised.
-        template: what the first entry's conversations are rendered with; an object that renders.
 
     Raises:
         UserError: a row that is no sample (missing picture, malformed, …), or no sample at all.
@@ -281,8 +280,6 @@ class SupervisedDataset(Dataset):
             )
         self._rows = np.array(kept, dtype=np.int64)
         self.lengths: List[int] = lengths
-        first = self.table.templates[0]
-        self.template = processor.template if first is None else get_template(first)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -302,6 +299,11 @@ class SupervisedDataset(Dataset):
     def where(self, index: int) -> str:
         """``file:line`` of a sample's row."""
         return self.table.where(self._rows[index])
+
+    def template(self, index: int) -> Any:
+        """What a sample's conversation is rendered with; an object that renders."""
+        given = self.table.template(self._rows[index])
+        return self.table.processor.template if given is None else get_template(given)
 
     def conversation(self, index: int) -> Tuple[List[Dict[str, str]], List[Any]]:
         """The messages and pictures (paths, URLs) of a sample's row, before any cut."""

@@ -13,9 +13,13 @@ Prompt = Tuple[List[int], List[Any]]  # T ids with a run of IMAGE_TOKEN_INDEX fo
 
 
 def answer_prompts(
-    model: Any, processor: Any, prompts: Sequence[Prompt], max_new_tokens: int, stop_strings: Sequence[str] = ()
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    stop_strings: Sequence[Sequence[str]],
 ) -> List[str]:
-    """The model's answer to each prompt, up to its end token or the first of ``stop_strings``.
+    """The model's answer to each prompt, up to its end token or the first of the prompt's ``stop_strings``.
 
     Several questions about one picture cost one pass over the picture: the prompts are cut behind their last picture,
     the different beginnings go through the model once, and each question goes on from its own.
@@ -40,7 +44,7 @@ def answer_prompts(
             model.prefill(model.embed(batch["input_ids"], features), cache, batch["attention_mask"])
             cache.reorder(paddle.to_tensor(rows))
         new_ids = _greedy(model, {**_batch(processor, rest, [[] for _ in rest]), "cache": cache}, max_new_tokens)
-    return [_text(processor, ids, stop_strings) for ids in new_ids]
+    return [_text(processor, ids, stops) for ids, stops in zip(new_ids, stop_strings)]
 
 
 def _greedy(model: Any, batch: Dict[str, Any], max_new_tokens: int) -> List[List[int]]:

@@ -135,7 +135,7 @@ def predict(
         is_path = isinstance(source, str) and "://" not in source and not source.startswith("data:")
         return str(image_folder / source) if is_path else source
 
-    template = get_template(conv_mode or processor.config.conversation_template)
+    template = get_template(conv_mode) if conv_mode else processor.template
     prompts = [template.render(turn.messages, add_generation_prompt=True) for turn in turns]
     # a picture's questions side by side, as they share a pass over it; else prompts of like length
     order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), str(turns[i].images[-1:]), len(prompts[i])))
@@ -146,7 +146,8 @@ def predict(
             for i in chosen:
                 images = [picture(locate(source)) for source in turns[i].images]
                 batch.append((processor.tokenize_prompt(prompts[i], [image.size for image in images]), images))
-            yield from zip(chosen, answer_prompts(model, processor, batch, max_new_tokens, template.stop_strings))
+            stops = [template.stop_strings] * len(batch)
+            yield from zip(chosen, answer_prompts(model, processor, batch, max_new_tokens, stops))
             bar.update(len(chosen))
 
 

@@ -86,11 +86,13 @@ class Prompt(NamedTuple):
     Attributes:
         input_ids: T ids, the very ones that training shows before this answer.
         images: pictures in it.
+        stop_strings: what ends the answer, beside the end token.
         question, reference: texts, for the file of predictions.
     """
 
     input_ids: List[int]
     images: List[Any]
+    stop_strings: Sequence[str]
     question: str
     reference: str
 
@@ -100,13 +102,18 @@ def prompt_of(question: Question, dataset: Any, processor: Any) -> Prompt:
     messages, sources = dataset.conversation(question.row)
     images = [processor.load_image(source) for source in sources]
     sizes = [image.size for image in images]
-    encoded = processor.encode_messages(messages, sizes, dataset.template)
+    template = dataset.template(question.row)
+    encoded = processor.encode_messages(messages, sizes, template)
     begin = encoded.round_ends[question.turn - 1] if question.turn else 0
     learned = [i for i in range(begin, encoded.round_ends[question.turn]) if encoded.labels[i] != IGNORE_INDEX]
     ids = encoded.input_ids[: learned[0] if learned else encoded.round_ends[question.turn]]
     place = [i for i, message in enumerate(messages) if message["role"] == "assistant"][question.turn]
     return Prompt(
-        ids, images[: processor.count_images(ids, sizes)], messages[place - 1]["content"], messages[place]["content"]
+        input_ids=ids,
+        images=images[: processor.count_images(ids, sizes)],
+        stop_strings=template.stop_strings,
+        question=messages[place - 1]["content"],
+        reference=messages[place]["content"],
     )
 
 
@@ -126,7 +133,7 @@ def evaluate_answers(
     """Greedy answers to the dataset's questions, written into ``file`` (JSON lines), and their scores.
 
     Args:
-        dataset: has a length, ``conversation(index)`` and ``template``.
+        dataset: a SupervisedDataset.
         max_new_tokens: default enough for the longest reference.
         max_questions: the first so many of each rank only.
         watch: passes the batches on; may raise to stop.
@@ -150,7 +157,7 @@ def evaluate_answers(
             processor,
             [(prompt.input_ids, prompt.images) for prompt in prompts],
             max_new_tokens,
-            getattr(dataset.template, "stop_strings", ()),
+            [prompt.stop_strings for prompt in prompts],
         )
         for question, prompt, answer in zip(chosen, prompts, answers):
             results.append(

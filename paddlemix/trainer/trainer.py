@@ -74,7 +74,7 @@ class LlavaTrainer(Trainer):
         model: all parameters already frozen or not (``freezing.select_trained``).
         args: FinetuneArguments.
         train_dataset, eval_dataset: samples as ``LlavaCollator`` takes them; with ``group_by_modality_length`` the
-            first has ``lengths``, with ``eval_with_do_generation`` the second ``conversation(index)`` and ``template``.
+            first has ``lengths``, with ``eval_with_do_generation`` the second is a SupervisedDataset.
         processor: saved beside the weights; makes the prompts of evaluation.
         callbacks: further ones.
     """

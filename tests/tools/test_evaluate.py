@@ -1,6 +1,7 @@
 """The evaluation tool on a tiny model: what it asks, what it counts, what it writes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def test_answers_are_those_of_the_model_one_by_one(checkpoint, data):
     for record, (prompt, image) in zip(records, prompts):
         ids, _ = model.generate(**processor(text=prompt, images=str(data / image)), max_new_tokens=5)
         assert record["prediction"] == processor.decode(ids[0].tolist()).strip()
+
+
+def test_a_checkpoint_is_asked_with_the_chat_template_beside_it(checkpoint, data, tmp_path):
+    from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+    template = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"], "query": "Q: {{query}}\nA:"}
+    (own / "chat_template.json").write_text(json.dumps(template))
+    row = {"image": "red.png", "conversations": [["<image>\nWhat color is it?", "red"]]}
+    status, (record,) = run(own, write(data / "test.json", [row]))
+    model, processor = LlavaLlamaForCausalLM.from_pretrained(own), LlavaProcessor.from_pretrained(own)
+    prompt = processor(text="Q: <image>\nWhat color is it?\nA:", images=str(data / "red.png"))
+    ids, _ = model.generate(**prompt, max_new_tokens=5)
+    assert status == 0 and record["prediction"] == processor.decode(ids[0].tolist()).strip()
 
 
 def test_a_picture_with_several_questions_is_seen_once(checkpoint, data, monkeypatch):

@@ -80,6 +80,26 @@ def test_a_prompt_is_what_training_shows_before_the_answer(dataset):
         assert len(prompt.images) == ("<image>" in str(dataset.conversation(question.row)))
 
 
+@pytest.mark.parametrize("own_first", [False, True])
+def test_every_row_is_asked_with_its_own_entrys_template(checkpoint, tmp_path, own_first):
+    rows = {"named": [["Q1", "red"]], "own": [["Q2", "blue"]]}
+    for name, rounds in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"conversations": rounds}]))
+    own = {"conversation": ["Q: {{user}}\n", "A: {{bot}}|\n"], "query": "Q: {{query}}\nA:"}
+    (tmp_path / "template.json").write_text(json.dumps(own))
+    entries = [
+        {"data_files": str(tmp_path / "named.json")},
+        {"data_files": str(tmp_path / "own.json"), "chat_template": str(tmp_path / "template.json")},
+    ]
+    processor = LlavaProcessor.from_pretrained(checkpoint / "base")
+    entries = parse_dataset_key({"eval": entries[::-1] if own_first else entries})["eval"]
+    dataset = SupervisedDataset(entries, processor, 512, num_workers=0)
+    prompts = [prompt_of(question, dataset, processor) for question in questions_of(dataset)]
+    named, own = prompts[::-1] if own_first else prompts
+    assert processor.decode(named.input_ids).endswith("USER: Q1 ASSISTANT:") and named.stop_strings == ("</s>",)
+    assert processor.decode(own.input_ids).strip() == "Q: Q2\nA:" and own.stop_strings == ("|",)
+
+
 def test_answers_do_not_depend_on_the_batch(checkpoint, dataset, tmp_path):
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint / "base")
     found = []
