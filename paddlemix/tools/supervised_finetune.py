@@ -226,7 +226,7 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter
 
 
 def freeze(model: Any, args: Any) -> None:
-    from paddlemix.trainer.freezing import select_trained
+    from paddlemix.trainer.freezing import count_parts, select_trained
 
     select_trained(
         model,
@@ -237,6 +237,13 @@ def freeze(model: Any, args: Any) -> None:
         include=args.freeze_include,
         exclude=args.freeze_exclude,
     )
+    counts = count_parts(model)
+    for key, part in (("mm_projector_lr", "projector"), ("mm_vision_tower_lr", "vision tower")):
+        if getattr(args, key) is not None and not (part in counts and counts[part].trained):
+            raise UserError(
+                f"{key} is set, but nothing of the {part} is trained; remove it, or look at freeze_mm_mlp_adapter, "
+                "freeze_include and freeze_exclude."
+            )
 
 
 def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: List[int]) -> None:

@@ -500,6 +500,11 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError("tune_mm_mlp_adapter and freeze_mm_mlp_adapter are both true; set one of them to false.")
     if settings.get("tune_mm_mlp_adapter") and settings.get("lora"):
         raise UserError("tune_mm_mlp_adapter trains the projector alone, so lora must be false.")
+    if settings.get("tune_mm_mlp_adapter") and settings.get("unfreeze_mm_vision_tower"):
+        raise UserError(
+            "tune_mm_mlp_adapter trains the projector alone, so unfreeze_mm_vision_tower must be false; to train the tower "
+            "too, leave tune_mm_mlp_adapter out and freeze the decoder by freeze_include."
+        )
     for key in ("mm_projector_lr", "mm_vision_tower_lr"):
         if settings.get(key) and settings.get("learning_rate") == 0:
             raise UserError(f"{key} is set relative to learning_rate, which is 0; give learning_rate a value above 0.")

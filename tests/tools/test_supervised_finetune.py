@@ -276,6 +276,17 @@ def test_when_the_eval_data_are_looked_at_and_what_is_left_of_it(room, tmp_path,
     assert results["eval_loss"] == evaluated[-1]["eval_loss"]
 
 
+def test_the_projectors_rate_goes_with_what_is_trained_of_it(room, tmp_path):
+    config = configure(
+        room, tmp_path / "out", freeze_mm_mlp_adapter=True, freeze_exclude=["llama.mm_projector.2.*"],
+        mm_projector_lr=1e-3, learning_rate=1e-9, max_steps=1, save_strategy="no",
+    )  # fmt: skip
+    assert run([config]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (room / "base", tmp_path / "out"))
+    moved = {name for name in before if np.abs(after[name] - before[name]).max() > 1e-4}
+    assert moved == {"llama.mm_projector.2.weight", "llama.mm_projector.2.bias"}
+
+
 def test_benchmark_reports_and_saves_nothing(room, tmp_path, caplog):
     config = configure(room, tmp_path / "out", benchmark=True, save_strategy="no", max_steps=2)
     with caplog.at_level("INFO", logger="paddlemix"):
@@ -318,6 +329,11 @@ def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
         ({"version": "vicuna_v9"}, ["version", "vicuna_v9", "vicuna_v1"]),
         ({"image_aspect_ratio": "wide"}, ["image_aspect_ratio", "wide"]),
         ({"freeze_include": ["*"]}, ["nothing is left to train"]),
+        ({"freeze_mm_mlp_adapter": True, "mm_projector_lr": 1e-4}, ["mm_projector_lr", "freeze_mm_mlp_adapter"]),
+        (
+            {"freeze_include": ["*tower*"], "unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 1e-4},
+            ["mm_vision_tower_lr", "freeze_include"],
+        ),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ["dataloader_drop_last", "64"]),
         ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
         ({"fp16": True, "device": "cpu"}, ["fp16", "bf16"]),

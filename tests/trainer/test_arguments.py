@@ -150,6 +150,10 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),
         ({"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True}, ["freeze_mm_mlp_adapter"]),
         ({"tune_mm_mlp_adapter": True, "lora": True}, ["lora"]),
+        (
+            {"tune_mm_mlp_adapter": True, "unfreeze_mm_vision_tower": True},
+            ["unfreeze_mm_vision_tower", "freeze_include"],
+        ),
         ({"mm_vision_tower_lr": 1e-5}, ["mm_vision_tower_lr", "unfreeze_mm_vision_tower"]),
         ({"lora_path": "x"}, ["lora_path", "lora"]),
         ({"report_to": "visuldl"}, ["report_to", "visualdl"]),
