@@ -8,12 +8,15 @@ import ctypes
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import List, Optional
 
-__all__ = ["prepare_cpu", "quiet_start"]
+from paddlemix.errors import UserError
+
+__all__ = ["device_name", "prepare_cpu", "quiet_start"]
 
 logger = logging.getLogger("paddlemix.runtime")
 
@@ -56,6 +59,21 @@ def prepare_cpu() -> List[str]:
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changed)
     return [f"{name}={value}" for name, value in changed.items()] + _keep_freed_memory()
+
+
+def device_name(given: str, flag: str) -> str:
+    """A device as Paddle writes it, from what users write: ``cuda`` is ``gpu``, and all CPUs are one.
+
+    Args:
+        flag: the flag or key that gave it, for the error.
+
+    >>> device_name("CUDA:1", "--device"), device_name("cpu:0", "--device")
+    ('gpu:1', 'cpu')
+    """
+    name = given.lower().replace("cuda", "gpu")  # the original release's word
+    if not re.fullmatch(r"[a-z_]+(:\d+)?", name):
+        raise UserError(f"{flag} is {given!r}; expected a name such as cpu, gpu or gpu:1.")
+    return "cpu" if name.partition(":")[0] == "cpu" else name
 
 
 def quiet_start() -> None:

@@ -19,6 +19,7 @@ from paddlenlp.trainer import IntervalStrategy, TrainingArguments
 from paddlenlp.trainer.trainer_utils import OptimizerNames, SchedulerType, ShardingOption
 
 from paddlemix.errors import UserError
+from paddlemix.runtime import device_name
 
 __all__ = ["SECRETS", "FinetuneArguments", "check_device", "default_device", "read_settings"]
 
@@ -305,8 +306,7 @@ def check_device(settings: Dict[str, Any]) -> str:
     device = settings.get("device")
     if settings.get("no_cuda"):
         device = "cpu"
-    if device is None:
-        device = default_device()
+    device = default_device() if device is None else device_name(device, "device")
     kind = device.split(":")[0]
     have = ["cpu"] + list(paddle.device.get_all_custom_device_type() or [])
     if paddle.device.is_compiled_with_xpu():

@@ -94,6 +94,14 @@ def test_the_dtype_is_the_bases_or_what_is_asked(room, tmp_path):
     }
 
 
+def test_a_device_by_another_spelling(room, tmp_path, capsys):
+    folder, _ = room
+    assert run(folder, tmp_path / "merged", "--device", "cpu:0") == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert run(folder, tmp_path / "other", "--device", "cpu:x") == 1
+    assert "error: device is 'cpu:x'; expected a name such as cpu" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
     folder, _ = room
     other = tmp_path / "other"

@@ -206,12 +206,24 @@ def test_a_second_file_is_refused(tmp_path):
         ({"bf16_full_eval": True}, ["bf16_full_eval", "float32"]),
         ({"use_flash_attention": True}, ["use_flash_attention"]),
         ({"device": "gpu"}, ["device", "gpu", "cpu"]),
+        ({"device": "cuda:0"}, ["device", "gpu:0", "cpu"]),
     ],
 )
 def test_a_device_that_cannot_do_it(changes, words):
     with pytest.raises(UserError) as caught:
         check_device(changes)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("given", ["cpu", "CPU", "cpu:0", "Cpu:1"])
+def test_a_device_has_more_than_one_spelling(given):
+    assert check_device({"device": given}) == "cpu"
+
+
+@pytest.mark.parametrize("given", ["cpu:x", "", "cpu gpu"])
+def test_what_is_no_device(given):
+    with pytest.raises(UserError, match=f"device is '{given}'; expected a name such as cpu, gpu or gpu:1"):
+        check_device({"device": given})
 
 
 def test_bfloat16_needs_a_processor_that_multiplies_in_it(monkeypatch):

@@ -25,7 +25,7 @@ if find_spec("paddlemix") is None:  # run from a clone that is not installed
 
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.terminal import one_interrupt, open_reader
-from paddlemix.runtime import prepare_cpu, quiet_start
+from paddlemix.runtime import device_name, prepare_cpu, quiet_start
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -114,11 +114,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
             parser.error(f"--fp16 and --dtype {args.dtype} contradict each other; give one of them")
         args.dtype = "float16"
     if args.device is not None:
-        args.device = args.device.lower().replace("cuda", "gpu")  # the original release's word
-        if not re.fullmatch(r"[a-z_]+(:\d+)?", args.device):
-            parser.error(f"--device is {args.device!r}, expected a name such as cpu, gpu or gpu:1")
-        if args.device.partition(":")[0] == "cpu":
-            args.device = "cpu"
+        args.device = device_name(args.device, "--device")
+        if args.device == "cpu":
             refuse_float16_on_cpu(args.dtype)
     if args.question is not None and not all(question.strip() for question in args.question):
         parser.error("--question is empty, expected some text")
