@@ -404,7 +404,45 @@ def test_box_never_replaces_the_picture_itself(chat, tmp_path, capsys, monkeypat
     assert "error: There is no answer yet" in out and "error: The last answer has no coordinates" in out
     with pytest.raises(program.UserError, match="the picture itself"):
         program.box_file("copy.png", str(copy))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(program.UserError, match="the picture itself"):
+        program.box_file("~/copy.png", "~/copy.png")
     assert copy.read_bytes() == CAT.read_bytes()
+
+
+def test_box_replaces_no_other_picture_of_the_chat(chat, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (20, 10)).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    assert program.Shell(chat, Lines("/image ~/mine.png", "/box mine.png", "/box other.png")).run() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("error: mine.png is the picture itself") and said[2].endswith("other.png")
+    assert (tmp_path / "mine.png").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a backslash parts the folders")
+@pytest.mark.parametrize(
+    "typed",
+    [
+        r"my\ pics/sc\ \(1\)\'s.png",
+        '"my pics/sc (1)\'s.png"',
+        r"'my pics/sc (1)'\''s.png'",
+        "my pics/sc (1)'s.png",
+        r"~/my\ pics/sc\ \(1\)\'s.png",
+    ],
+)
+def test_a_path_as_a_file_manager_writes_it(chat, tmp_path, capsys, monkeypatch, typed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my pics").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "my pics" / "sc (1)'s.png")
+    assert program.Shell(chat, Lines(f"/image {typed}")).run() == 0
+    assert capsys.readouterr().out.startswith("The picture (20 x 10) goes with the next question.")
+
+
+@pytest.mark.parametrize("word", ["/EXIT", "/Exit", "/exit", "exit", ""])
+def test_words_that_end_the_chat(chat, capsys, word):
+    assert program.Shell(chat, Lines(word, "/undo")).run() == 0
+    assert capsys.readouterr().out == "exit...\n"
 
 
 @pytest.mark.parametrize(

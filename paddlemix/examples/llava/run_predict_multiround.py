@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -289,7 +290,7 @@ class Shell:
             try:
                 with one_interrupt():
                     line = self.reader.read("USER: ").strip()
-                    if line in ("", "exit", "/exit"):
+                    if line in ("", "exit") or line.lower() == "/exit":
                         break
                     self.turn(line)
             except EOFError:
@@ -372,7 +373,7 @@ class Shell:
             raise UserError("There is no picture to draw on; /image brings one.")
         if not boxes:
             raise UserError("The last answer has no coordinates such as [0.10, 0.20, 0.50, 0.80].")
-        path = box_file(file, picture.source)
+        path = box_file(file, picture.source, [other.source for other in self.chat.pictures])
         image_processor = self.chat.processor.image_processor
         boxes = [image_processor.undo_box(box, picture.size) for box in boxes]
         try:
@@ -394,26 +395,38 @@ def show(pieces: Iterator[str], clean: Callable[[str], str]) -> None:
 
 
 def unquote(argument: str) -> str:
-    """A path as shells and file managers write it: in quotes, or with a backslash before a space."""
-    if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
-        return argument[1:-1]
-    if "\\ " in argument and not Path(argument).exists():
-        return argument.replace("\\ ", " ")
-    return argument
+    """A path as shells and file managers write it: in quotes, or with backslashes before what a shell would take apart."""
+    quoted = argument[:1] in ("'", '"')
+    if os.path.exists(os.path.expanduser(argument)) or not (quoted or "\\" in argument):
+        return argument
+    if os.name == "posix":  # elsewhere a backslash parts the folders
+        try:
+            words = shlex.split(argument)
+        except ValueError:  # a quote that isn't closed
+            words = []
+        if len(words) == 1:
+            return words[0]
+    return argument[1:-1] if quoted and len(argument) > 1 and argument[0] == argument[-1] else argument
 
 
-def box_file(file: str, source: Optional[str]) -> Path:
-    """Where /box saves: the given name, or a new one beside nobody's file in the current folder."""
+def box_file(file: str, source: Optional[str], others: Sequence[Optional[str]] = ()) -> Path:
+    """Where /box saves: the given name, or a new one beside nobody's file in the current folder.
+
+    Args:
+        source: where the picture came from.
+        others: where the chat's other pictures came from; the given name may be none of them.
+    """
     if file:
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         if not path.suffix:
             path = path.with_suffix(".png")
         if path.suffix.lower() != ".png":
             raise UserError(
                 f"/box saves a PNG, but {path.name!r} ends in {path.suffix}; give a name that ends in .png."
             )
-        if source and path.exists() and Path(source).exists() and path.samefile(source):
-            raise UserError(f"{path} is the picture itself; give another name.")
+        for held in (os.path.expanduser(name) for name in (source, *others) if name):
+            if path.exists() and os.path.exists(held) and path.samefile(held):
+                raise UserError(f"{path} is the picture itself; give another name.")
         return path
     stem = Path(urllib.parse.urlsplit(source).path if source and "://" in source else source or "").stem
     stem = re.sub(r"[^\w.-]+", "_", stem) or "picture"

@@ -222,6 +222,11 @@ class LlavaChat:
         return pictures[-1] if pictures else None
 
     @property
+    def pictures(self) -> Tuple[Picture, ...]:
+        """All pictures of the conversation, the oldest first; those that wait for a question included."""
+        return tuple(picture for turn in self._rounds for picture in turn.pictures) + self._waiting + self._spare
+
+    @property
     def context_limit(self) -> int:
         """Tokens that prompt and answer may have together."""
         return int(self.config.max_position_embeddings)
