@@ -48,6 +48,7 @@ class RowReport(NamedTuple):
         length: tokens of the sample, after the cut at ``max_length``; 0 if nothing is left.
         supervised: tokens of it that a loss is taken at; with none the row is left out.
         pictures: in the sample.
+        answers, answers_cut: in the sample, and in the rounds that were cut off.
         cut: rounds were cut off.
         problems: (kind, sentence) of everything that keeps it from being a sample; kinds are ``PROBLEM_KINDS``.
     """
@@ -58,6 +59,8 @@ class RowReport(NamedTuple):
     length: int = 0
     supervised: int = 0
     pictures: int = 0
+    answers: int = 0
+    answers_cut: int = 0
     cut: bool = False
     problems: Tuple[Tuple[str, str], ...] = ()
 
@@ -111,6 +114,11 @@ class RowTable:
         """(number of the file, number of the row in it)"""
         file = int(np.searchsorted(self._ends, index, side="right"))
         return file, int(index - (self._ends[file - 1] if file else 0))
+
+    def source(self, index: int) -> Tuple[Path, int]:
+        """The file of a row, and its number in it, from 0."""
+        file, row = self._place(index)
+        return self.files[file].path, row
 
     def where(self, index: int) -> str:
         """``file:line`` of a row."""
@@ -194,6 +202,8 @@ class RowTable:
             length=len(kept.input_ids),
             supervised=sum(label != IGNORE_INDEX for label in kept.labels[1:]),
             pictures=self.processor.count_images(kept.input_ids, sizes) if cut else len(sizes),
+            answers=len(kept.round_ends),
+            answers_cut=len(whole.round_ends) - len(kept.round_ends),
             cut=cut,
         )
 
@@ -224,7 +234,8 @@ class SupervisedDataset(Dataset):
     Attributes:
         lengths (list of int): tokens of each sample, pictures included; positive where it has a picture, negative
             where it is text only, as ``group_by_modality_length`` wants it.
-        counts (Counter): rows, samples, cut, dropped, and tokens: text, image, supervised.
+        answers (list of int): answers of each sample, those in rounds that were cut off not counted.
+        counts (Counter): rows, samples, cut, answers_cut, dropped, and tokens: text, image, supervised.
 
     Raises:
         UserError: a row that is no sample (missing picture, malformed, …), or no sample at all.
@@ -243,7 +254,7 @@ class SupervisedDataset(Dataset):
         self.table = RowTable(entries, processor, max_length, template)
         if self.table.problems:
             raise UserError(str(self.table.problems[0]))
-        kept, lengths, bad = [], [], []
+        kept, lengths, answers, bad = [], [], [], []
         self.counts: Counter = Counter(rows=len(self.table))
         reports = map_rows(self.table.examine, len(self.table), num_workers)
         for index, report in enumerate(
@@ -256,7 +267,9 @@ class SupervisedDataset(Dataset):
             else:
                 kept.append(index)
                 lengths.append(report.length if report.pictures else -report.length)
+                answers.append(report.answers)
                 self.counts["cut"] += report.cut
+                self.counts["answers_cut"] += report.answers_cut
                 self.counts["supervised"] += report.supervised
                 self.counts["text"] += report.text_tokens
                 self.counts["image"] += report.image_tokens
@@ -280,6 +293,7 @@ class SupervisedDataset(Dataset):
             )
         self._rows = np.array(kept, dtype=np.int64)
         self.lengths: List[int] = lengths
+        self.answers: List[int] = answers
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -299,6 +313,10 @@ class SupervisedDataset(Dataset):
     def where(self, index: int) -> str:
         """``file:line`` of a sample's row."""
         return self.table.where(self._rows[index])
+
+    def source(self, index: int) -> Tuple[Path, int]:
+        """The data file of a sample, and the number of its row in it, from 0."""
+        return self.table.source(self._rows[index])
 
     def template(self, index: int) -> Any:
         """What a sample's conversation is rendered with; an object that renders."""

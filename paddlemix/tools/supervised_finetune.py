@@ -111,6 +111,8 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
                 entries[split], processor, args.max_length, progress=args.should_log and not args.disable_tqdm
             )
             check_lengths(parts[split], split, config)
+    if args.do_predict or (args.do_eval and args.eval_with_do_generation):
+        check_questions(parts["eval"], args)
     if args.do_train:
         counts, lengths = parts["train"].counts, [abs(length) for length in parts["train"].lengths]
         if args.mixtoken:
@@ -184,6 +186,19 @@ def check_lengths(dataset: Any, split: str, config: Any) -> None:
         raise UserError(
             f"{dataset.where(longest)}: the sample has {tokens} tokens, but the model reads {most} at most; set max_length "
             f"to {most} or less."
+        )
+
+
+def check_questions(dataset: Any, args: Any) -> None:
+    """That there are answers to ask the model for; says how many are left out."""
+    from paddlemix.trainer.evaluation import questions_of
+
+    questions_of(dataset)
+    if dataset.counts["answers_cut"] and args.should_log:
+        logger.warning(
+            "%s answers of the eval data lie behind the cut at max_length %s, so the model isn't asked for them.",
+            f"{dataset.counts['answers_cut']:,}",
+            f"{args.max_length:,}",
         )
 
 

@@ -68,16 +68,27 @@ def evaluate_loss(
 
 
 def questions_of(dataset: Any) -> List[Question]:
-    """Every answer of every row of the dataset.
+    """Every answer of the dataset's samples that an answer of the model can be held against.
+
+    Rounds that were cut off at ``max_length`` aren't asked for, and neither is an answer without any text.
 
     Args:
-        dataset: has a length and ``conversation(index)``, the row's messages and pictures.
+        dataset: a SupervisedDataset.
+
+    Raises:
+        UserError: there is none.
     """
-    return [
-        Question(row, turn)
-        for row in range(len(dataset))
-        for turn in range(sum(message["role"] == "assistant" for message in dataset.conversation(row)[0]))
-    ]
+    questions = []
+    for row in range(len(dataset)):
+        answers = _answers(dataset, row)[: dataset.answers[row]]
+        questions += [Question(row, turn) for turn, answer in enumerate(answers) if answer.strip()]
+    if not questions:
+        raise UserError("the evaluation data have no answers to compare with; look at them with check_dataset.py.")
+    return questions
+
+
+def _answers(dataset: Any, row: int) -> List[str]:
+    return [message["content"] for message in dataset.conversation(row)[0] if message["role"] == "assistant"]
 
 
 class Prompt(NamedTuple):
@@ -132,6 +143,8 @@ def evaluate_answers(
 ) -> Dict[str, float]:
     """Greedy answers to the dataset's questions, written into ``file`` (JSON lines), and their scores.
 
+    ``row`` in the file is the row of the data file, from 0; where the dataset has several, ``file`` names it.
+
     Args:
         dataset: a SupervisedDataset.
         max_new_tokens: default enough for the longest reference.
@@ -139,13 +152,12 @@ def evaluate_answers(
         watch: passes the batches on; may raise to stop.
     """
     questions = questions_of(dataset)
-    if not questions:
-        raise UserError("the evaluation data have no answers to compare with; look at them with check_dataset.py.")
     if max_new_tokens is None:
-        max_new_tokens = _longest_reference(dataset, processor) + 8
+        max_new_tokens = _longest_reference(questions, dataset, processor) + 8
     share = -(-len(questions) // ranks)
     mine = questions[rank::ranks][:max_questions]
-    results: List[Dict[str, Any]] = []
+    several = len({dataset.source(row)[0] for row in range(len(dataset))}) > 1
+    results: List[Tuple[Question, Dict[str, Any]]] = []
     # every rank makes the same number of batches, since they ask together whether to stop
     for start in watch(range(0, share if max_questions is None else min(share, max_questions), batch_size)):
         chosen = mine[start : start + batch_size]
@@ -160,37 +172,32 @@ def evaluate_answers(
             [prompt.stop_strings for prompt in prompts],
         )
         for question, prompt, answer in zip(chosen, prompts, answers):
-            results.append(
-                {
-                    **question._asdict(),
-                    "question": prompt.question,
-                    "answer": answer,
-                    "reference": prompt.reference,
-                    **_score(answer, prompt.reference),
-                }
-            )
+            data_file, row = dataset.source(question.row)
+            entry = {
+                **({"file": str(data_file)} if several else {}),
+                "row": row,
+                "turn": question.turn,
+                "question": prompt.question,
+                "answer": answer,
+                "reference": prompt.reference,
+                **_score(answer, prompt.reference),
+            }
+            results.append((question, entry))
     if ranks > 1:
         gathered: List[Any] = []
         dist.all_gather_object(gathered, results)
-        results = sorted(
-            (entry for part in gathered for entry in part), key=lambda entry: (entry["row"], entry["turn"])
-        )
+        results = sorted((result for part in gathered for result in part), key=lambda result: result[0])
     if rank == 0:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in results)
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in results)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(lines, encoding="utf-8")
         partial.replace(file)
-    return score_answers([(entry["answer"], entry["reference"]) for entry in results])
+    return score_answers([(entry["answer"], entry["reference"]) for _, entry in results])
 
 
-def _longest_reference(dataset: Any, processor: Any) -> int:
-    """Tokens of the longest answer in the data."""
-    texts = {
-        message["content"]
-        for row in range(len(dataset))
-        for message in dataset.conversation(row)[0]
-        if message["role"] == "assistant"
-    }
+def _longest_reference(questions: Sequence[Question], dataset: Any, processor: Any) -> int:
+    """Tokens of the longest answer that is asked for."""
+    texts = {_answers(dataset, question.row)[question.turn] for question in questions}
     return max(len(processor.tokenizer.encode_with_offsets(text)[0]) for text in texts)
 
 

@@ -276,6 +276,21 @@ def test_when_the_eval_data_are_looked_at_and_what_is_left_of_it(room, tmp_path,
     assert results["eval_loss"] == evaluated[-1]["eval_loss"]
 
 
+def test_answers_behind_the_cut_are_told_and_not_asked_for(room, tmp_path, caplog):
+    rounds = [[f"Question number {n}?", f"answer {n}"] for n in range(20)]
+    (tmp_path / "long.json").write_text(json.dumps([{"conversations": rounds}]))
+    dataset = {"train": with_eval(room)["train"], "eval": [{"data_files": str(tmp_path / "long.json")}]}
+    options = dict(dataset=dataset, max_length=400, do_train=False, do_predict=True, max_new_tokens=1)
+    with caplog.at_level("INFO", logger="paddlemix"):
+        assert run([configure(room, tmp_path / "out", **options)]) == 0
+    asked = len((tmp_path / "out" / "predictions-0.jsonl").read_text().splitlines())
+    assert asked < 20 and caplog.text.count(f"{20 - asked} answers of the eval data lie behind the cut") == 1
+    (tmp_path / "long.json").write_text(json.dumps([{"conversations": [["Question?", " "]]}]))
+    with pytest.raises(UserError, match="no answers to compare with"):
+        run([configure(room, tmp_path / "none", **options)])
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_projectors_rate_goes_with_what_is_trained_of_it(room, tmp_path):
     config = configure(
         room, tmp_path / "out", freeze_mm_mlp_adapter=True, freeze_exclude=["llama.mm_projector.2.*"],

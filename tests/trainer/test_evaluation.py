@@ -100,6 +100,43 @@ def test_every_row_is_asked_with_its_own_entrys_template(checkpoint, tmp_path, o
     assert processor.decode(own.input_ids).strip() == "Q: Q2\nA:" and own.stop_strings == ("|",)
 
 
+def eval_set(checkpoint, folder, max_length=512, **files):
+    """A dataset of files, each given as the rounds of its rows."""
+    for name, rows in files.items():
+        (folder / f"{name}.json").write_text(json.dumps([{"conversations": rounds} for rounds in rows]))
+    entries = [{"data_files": [str(folder / f"{name}.json") for name in files]}]
+    processor = LlavaProcessor.from_pretrained(checkpoint / "base")
+    return SupervisedDataset(parse_dataset_key({"eval": entries})["eval"], processor, max_length, num_workers=0)
+
+
+def test_only_answers_that_are_there_and_fit_are_asked_for(checkpoint, tmp_path):
+    long = [[f"Question number {n}?", f"answer {n}"] for n in range(20)]
+    dataset = eval_set(checkpoint, tmp_path, 400, rows=[long, [["Q", "red"], ["Q2", ""], ["Q3", "blue"]]])
+    questions = [tuple(question) for question in questions_of(dataset)]
+    kept = dataset.answers[0]
+    assert 2 < kept < 20 and dataset.counts["answers_cut"] == 20 - kept
+    assert questions == [(0, turn) for turn in range(kept)] + [(1, 0), (1, 2)]
+    prompts = [prompt_of(question, dataset, dataset.table.processor) for question in questions_of(dataset)]
+    assert max(len(prompt.input_ids) for prompt in prompts) < 400 and all(prompt.reference for prompt in prompts)
+    with pytest.raises(UserError, match="no answers to compare with"):
+        questions_of(eval_set(checkpoint, tmp_path, rows=[[["Q", " "]]]))
+
+
+def test_predictions_name_the_row_of_the_data_file(checkpoint, tmp_path):
+    rows = {"one": [[["Q" * 600, "too long"]], [["Q", "red"]]], "two": [[["Q", "blue"], ["Q", "pink"]]]}
+    model = LlavaLlamaForCausalLM.from_pretrained(checkpoint / "base")
+
+    def places(name, **files):
+        dataset, file = eval_set(checkpoint, tmp_path, **files), tmp_path / f"{name}.jsonl"
+        evaluate_answers(model, dataset.table.processor, dataset, file=file, batch_size=4, max_new_tokens=1)
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        return [(entry.get("file"), entry["row"], entry["turn"], entry["reference"]) for entry in found]
+
+    assert places("alone", one=rows["one"]) == [(None, 1, 0, "red")]
+    one, two = (str(tmp_path / f"{name}.json") for name in rows)
+    assert places("both", **rows) == [(one, 1, 0, "red"), (two, 0, 0, "blue"), (two, 0, 1, "pink")]
+
+
 def test_answers_do_not_depend_on_the_batch(checkpoint, dataset, tmp_path):
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint / "base")
     found = []
