@@ -7,6 +7,7 @@ and data beside them.
 
 import difflib
 import json
+import math
 import os
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -98,7 +99,7 @@ AT_LEAST = {  # smallest value of a number
     "max_new_tokens": 1,
     "seed": 0,
 }
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora_dropout": 1}  # upper bound, not reached
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora_dropout": 1, "seed": 2**32}  # upper bound, not reached
 ONE_OF = {
     "lr_scheduler_type": [kind.value for kind in SchedulerType],
     "optim": [kind.value for kind in OptimizerNames if kind is not OptimizerNames.ADAFACTOR],
@@ -374,6 +375,10 @@ def _read_json(file: Path) -> Dict[str, Any]:
         settings = json.loads(text, object_pairs_hook=refuse_twice)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError):  # what Python refuses to convert, though it is JSON
+        raise UserError(f"{file} has a number of thousands of digits, or lists and objects nested too deep.") from None
     if not isinstance(settings, dict):
         raise UserError(f"{file} holds a JSON {_kind(settings)}; expected an object of keys and values.")
     return settings
@@ -404,6 +409,8 @@ def _typed(key: str, value: Any, hint: Any, from_text: bool) -> Any:
             value = _number(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _wrong(key, value, "a whole number" if hint is int else "a number")
+        if not _is_finite(value):
+            raise _wrong(key, value, "a finite number")
         if hint is int and value != int(value):
             raise _wrong(key, value, "a whole number")
         return hint(value)
@@ -441,10 +448,17 @@ def _number(text: str) -> Any:
     return text
 
 
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
 def _json_value(key: str, text: str, expected: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise _wrong(key, text, expected) from None
 
 
@@ -478,6 +492,12 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError(f"max_steps is {steps}; expected a number of steps, or -1 to go by num_train_epochs.")
     if epochs <= 0 and steps < 1:
         raise UserError(f"num_train_epochs is {epochs}; expected more than 0.")
+    for interval in settings.get("skip_data_intervals", []):
+        if len(interval) != 2 or not 1 <= interval[0] <= interval[1]:
+            raise UserError(
+                f"skip_data_intervals has {interval}; expected [first, last], two steps counted from 1, the first not "
+                "after the last."
+            )
     reporters = settings.get("report_to", [])
     for name in reporters:
         if name in ("all", "none") and len(reporters) == 1:

@@ -142,6 +142,15 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"lora_dropout": 1.0}, ["lora_dropout", "below 1"]),
         ({"warmup_ratio": 2}, ["warmup_ratio", "0 to 1"]),
         ({"num_train_epochs": 0}, ["num_train_epochs"]),
+        ({"num_train_epochs": float("nan")}, ["num_train_epochs", "NaN", "finite"]),
+        ({"max_steps": float("inf")}, ["max_steps", "Infinity", "finite"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "NaN", "finite"]),
+        ({"max_grad_norm": float("-inf")}, ["max_grad_norm", "-Infinity", "finite"]),
+        ({"learning_rate": 10**400}, ["learning_rate", "finite"]),
+        ({"seed": 2**32}, ["seed", "4294967296"]),
+        ({"skip_data_intervals": [[1, 2], [3, 1]]}, ["skip_data_intervals", "[3, 1]", "[first, last]"]),
+        ({"skip_data_intervals": [[0, 1]]}, ["skip_data_intervals", "[0, 1]", "from 1"]),
+        ({"skip_data_intervals": [[1]]}, ["skip_data_intervals", "[1]", "[first, last]"]),
         ({"max_steps": 0}, ["max_steps"]),
         ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
         ({"pipeline_parallel_degree": 4}, ["pipeline_parallel_degree", "sharding"]),
@@ -177,6 +186,8 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, changes, words):
         ("{", ["not valid JSON", ":1:"]),
         ("[]", ["list", "object"]),
         ('{"lora": true, "lora": false}', ["lora", "twice"]),
+        ('{"dataset": ' + "[" * 100_000, ["nested too deep"]),
+        ('{"max_steps": ' + "1" * 5000 + "}", ["thousands of digits"]),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, words):
@@ -185,6 +196,12 @@ def test_a_file_that_is_no_configuration(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
         read_settings([str(file)])
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e999", "1" * 5000])
+def test_a_number_of_the_command_line_is_finite(tmp_path, value):
+    with pytest.raises(UserError, match="max_steps .*; expected a finite number"):
+        settings(tmp_path, "--max_steps", value)
 
 
 def test_a_file_that_is_not_there():
