@@ -96,9 +96,14 @@ class RowFile:
         except UnicodeDecodeError as error:
             raise UserError(f"the row isn't UTF-8 ({error.reason}); save the file as UTF-8.") from None
         except json.JSONDecodeError as error:
+            if error.doc[error.pos :].strip() == ",":
+                raise UserError(
+                    f"a comma after the row, at column {error.pos + 1}; one row per line has none: remove it, or make the "
+                    "file an array in [ ]."
+                ) from None
             raise UserError(f"not valid JSON: {_lower(error.msg)} at column {error.pos + 1}.") from None
-        except RecursionError:
-            raise UserError("not valid JSON: lists or objects nested too deep.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"not valid JSON: {_unread(error)}.") from None
 
     def where(self, index: int) -> str:
         """``file:line`` of a row; in a JSON array also its number, from 1, since several rows may share a line."""
@@ -134,8 +139,8 @@ class RowFile:
             except json.JSONDecodeError as error:
                 self._stop(text, error.pos, len(spans), _lower(error.msg))
                 return spans
-            except RecursionError:
-                self._stop(text, position, len(spans), "lists or objects nested too deep")
+            except (ValueError, RecursionError) as error:
+                self._stop(text, position, len(spans), _unread(error))
                 return spans
             spans.append((position, end, line))
             position = _SPACE.match(text, end).end()
@@ -182,12 +187,14 @@ class RowFile:
         try:
             json.loads(text[start:end])
             return  # the first line is a whole row
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             pass
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, first)
-        except (json.JSONDecodeError, RecursionError):
+            value, value_end = json.JSONDecoder().raw_decode(text, first)
+        except (ValueError, RecursionError):
             return  # JSON lines whose first line is bad: reported with the other rows
+        if value_end <= end:
+            return  # so is something behind a row
         lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
         hint = f"; move the list under {lists[0]!r} to the top level" if lists else ""
         raise UserError(
@@ -298,6 +305,11 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     if not close:
         return f"one of {others}" if len(known) > 1 else others
     return f"{close[0]!r} (the nearest)" + (f" or one of {others}" if others else "")
+
+
+def _unread(error: Exception) -> str:
+    """What Python's reader refuses, though it is JSON."""
+    return "lists or objects nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _lower(message: str) -> str:

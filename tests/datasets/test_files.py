@@ -62,6 +62,23 @@ def test_a_bad_first_line_is_a_bad_line(tmp_path):
         file[0]
 
 
+def test_lines_that_end_in_a_comma_are_named(tmp_path):
+    file = RowFile(write(tmp_path / "a.jsonl", '{"a": [1]},\n{"a": [2]}, \n{"a": [3]}'))
+    for line in (1, 2):
+        with pytest.raises(UserError, match=rf"a\.jsonl:{line}: a comma after the row, at column 11; .* remove it"):
+            file[line - 1]
+    assert file[2] == {"a": [3]}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_number_of_too_many_digits_is_a_bad_line(tmp_path, first):
+    rows = ['{"a": ' + "1" * 5000 + "}", '{"a": 2}']
+    file = RowFile(write(tmp_path / "a.jsonl", "\n".join(rows if first else rows[::-1])))
+    assert file[first] == {"a": 2}
+    with pytest.raises(UserError, match=rf"a\.jsonl:{2 - first}: not valid JSON: a number of too many digits"):
+        file[1 - first]
+
+
 def test_a_row_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "ok"}\n' + '{"a": "é"}\n'.encode("latin-1"))
@@ -80,6 +97,7 @@ def test_a_row_that_is_not_utf8_is_named(tmp_path):
         ('[\n{"a": 1},\n{"a": 2}, {"a": }\n]', 3, "expecting value"),
         ('[\n{"a": 1},\n{"a": 2}\n]\n[]', 5, "text after the end of the array"),
         ("[\n1,\n2,\n" + "[" * 100_000, 4, "nested too deep"),
+        ('[\n1,\n2,\n{"id": ' + "1" * 5000 + "}]", 4, "a number of too many digits"),
     ],
 )
 def test_a_broken_array_says_where_and_keeps_the_rows_before(tmp_path, text, line, message):
