@@ -271,7 +271,7 @@ def _parse_entry(place: str, entry: Any, folders: Sequence[Path]) -> DatasetEntr
         for path in paths:
             if not isinstance(path, str) or not path:
                 raise UserError(f"{place}.{key} is {path!r}; expected a path.")
-            places = [folder / path for folder in folders]
+            places = [folder / os.path.expanduser(path) for folder in folders]
             existing = [candidate for candidate in places if os.path.exists(candidate)]
             found += existing[:1]
             missing += [] if existing else [" and ".join(dict.fromkeys(str(p.absolute()) for p in places))]

@@ -175,6 +175,16 @@ def test_the_toolkits_dataset_key(folder):
     assert len(entries["eval"]) == 1
 
 
+def test_paths_may_begin_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    paths = {"data_files": "~/train.json", "image_folder": "~/images", "chat_template": "~/chat_template.json"}
+    (entry,) = parse_dataset_key({"train": [paths]}, config_folder=folder / "config")["train"]
+    assert entry.data_files == (folder / "train.json",)
+    assert entry.image_folder == folder / "images" and entry.chat_template == folder / "chat_template.json"
+    with pytest.raises(UserError, match=rf"looked for {folder}/no\.json\.$"):
+        parse_dataset_key({"train": [{"data_files": "~/no.json"}]}, config_folder=folder / "config")
+
+
 def test_paths_are_also_looked_for_beside_the_configuration(folder):
     entries = parse_dataset_key({"train": [{"data_files": "own.json"}]}, config_folder=folder / "config")
     assert entries["train"][0].data_files == (folder / "config" / "own.json",)

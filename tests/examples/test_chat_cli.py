@@ -312,7 +312,7 @@ OWN = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"], "query": "Q: {{que
     [("llava_v0", None, "###Human: <image>\\nWhy?###Assistant:"), ("vicuna_v1", OWN, "Q: <image>\\nWhy?\\nA:")],
     ids=["named", "own"],
 )
-def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path, capsys, name, own, prompt):
+def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path, capsys, monkeypatch, name, own, prompt):
     tuned = add_lora(LlavaLlamaForCausalLM.from_pretrained(folder), rank=4, base=str(folder))
     tuned.model.config.conversation_template, tuned.model.config.image_aspect_ratio = name, "square"
     save_trained_weights(tuned, tmp_path)
@@ -320,7 +320,8 @@ def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path, capsys, name, o
     processor.chat_template = ChatTemplate(own) if own else None
     processor.save_pretrained(tmp_path)
     told = []
-    for flags in (["--model-path", folder, "--lora-path", tmp_path], ["--model-path", tmp_path]):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for flags in (["--model-path", folder, "--lora-path", f"~/{tmp_path.name}"], ["--model-path", tmp_path]):
         flags = [*map(str, flags), "--image-file", str(CAT), "--temperature", "0", "--max-new-tokens", "4", "--debug"]
         assert program.main([*flags, "--question", "Why?"]) == 0
         out, err = capsys.readouterr()
