@@ -123,18 +123,19 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     config.dtype = args.compute_dtype
     with checkpoint.no_init(args.compute_dtype):
         model = LlavaLlamaForCausalLM(config)
-    aligned = args.tune_mm_mlp_adapter or args.pretrain_mm_mlp_adapter
-    checkpoint.load_weights(model, folder, args.compute_dtype, new_projector=bool(aligned))
+    if args.do_train and not args.lora:
+        freeze(model, args)
+    checkpoint.load_weights(model, folder, args.compute_dtype, new_projector=takes_new_projector(model, args))
     if args.pretrain_mm_mlp_adapter:
         checkpoint.load_projector(model, args.pretrain_mm_mlp_adapter)
         mark_differing(model, "projector")
     if args.lora:
         model = adapt(model, args, settings, folder, adapter)
+        if args.do_train:
+            freeze(model, args)
     parts["model"] = model
-    if args.do_train:
-        freeze(model, args)
-        if args.should_log:
-            report(model, config, args, counts, lengths)
+    if args.do_train and args.should_log:
+        report(model, config, args, counts, lengths)
     return parts
 
 
@@ -209,6 +210,16 @@ def check_batch(args: Any, samples: int) -> None:
             f"dataloader_drop_last is true, but the {samples} samples don't fill one global batch of {size}; set it to "
             "false or make the batch smaller."
         )
+
+
+def takes_new_projector(model: Any, args: Any) -> bool:
+    """Whether a base without a projector gets one: if a file of it is named, or nothing else is to be trained."""
+    from paddlemix.trainer.freezing import count_parts
+
+    if args.tune_mm_mlp_adapter or args.pretrain_mm_mlp_adapter:
+        return True
+    alone = {part for part, count in count_parts(model).items() if count.trained} == {"projector"}
+    return args.do_train and not args.lora and alone
 
 
 def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter: Optional[Path]) -> Any:

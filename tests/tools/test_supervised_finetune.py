@@ -540,8 +540,15 @@ def test_a_model_without_a_projector_gets_a_new_one_to_align(room, tmp_path):
     save_file(
         {name: value for name, value in weights.items() if "mm_projector" not in name}, bare / "model.safetensors"
     )
-    with pytest.raises(UserError, match="lacks 4 tensor"):
+    with pytest.raises(UserError, match="lacks 4 tensor.*makes a new one with tune_mm_mlp_adapter"):
         run([configure(room, tmp_path / "sft", model_name_or_path=str(bare), max_steps=1)])
+    # the toolkit's files for this stage freeze all the rest by patterns
+    frozen = {key: TOOLKIT[key] for key in ("freeze_include", "freeze_exclude")}
+    config = configure(room, tmp_path / "patterns", model_name_or_path=str(bare), max_steps=2, **frozen)
+    assert run([config]) == 0
+    made = load_file(tmp_path / "patterns" / "model.safetensors")
+    assert made.keys() == weights.keys()
+    assert all((made[name] == weights[name]).all() for name in weights if "mm_projector" not in name)
     config = configure(room, tmp_path / "aligned", model_name_or_path=str(bare), tune_mm_mlp_adapter=True, max_steps=20)
     assert run([config]) == 0
     assert np.isfinite(answer(tmp_path / "aligned", room)[1]).all()

@@ -275,7 +275,12 @@ def check(
         missing.append(theirs if theirs == name else f"{theirs} (here {name})")
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} tensor(s) that its config.json needs: {_some(missing)}")
+        hint, projector = "", (layouts.PROJECTOR, layouts.NEWLINE)
+        if all(name.startswith(projector) for name in missing) and not any(
+            name.startswith(projector) for name in sources
+        ):
+            hint = " (the projector: fine-tuning makes a new one with tune_mm_mlp_adapter, or reads pretrain_mm_mlp_adapter)"
+        problems.append(f"lacks {len(missing)} tensor(s) that its config.json needs: {_some(missing)}{hint}")
     if unexpected:
         problems.append(f"has {len(unexpected)} tensor(s) that its config.json has no place for: {_some(unexpected)}")
     wrong = [name for name in expected if name in sources and tuple(sources[name].shape) != tuple(expected[name])]
