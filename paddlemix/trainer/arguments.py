@@ -108,6 +108,8 @@ ONE_OF = {
     "device": None,  # checked against what Paddle has
 }
 
+PATHS = ("model_name_or_path", "text_model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter", "output_dir")
+
 SECRETS = frozenset(["wandb_api_key"])  # never written to a file
 
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -485,6 +487,14 @@ def _check(settings: Dict[str, Any]) -> None:
             raise UserError(f"{key} is {value}; expected from 0 to below {BELOW[key]}.")
         if ONE_OF.get(key) and value not in ONE_OF[key]:
             raise UserError(f"{key} is {value!r}; expected one of {', '.join(ONE_OF[key])}.")
+    for key in PATHS:
+        if key in settings and not settings[key].strip():
+            raise UserError(f"{key} is an empty text; expected a path or a name, or null for none.")
+    if settings.get("lora") and settings.get("lora_target_modules") == []:
+        raise UserError(
+            "lora_target_modules is an empty list; give at least one regular expression, or leave it out for the decoder's "
+            "seven projections."
+        )
     if settings.get("warmup_ratio", 0) > 1:
         raise UserError(f"warmup_ratio is {settings['warmup_ratio']}; expected from 0 to 1.")
     steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs", 1.0)
