@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
+from paddlemix.tools.command_line import Parser
 
 logger = logging.getLogger("paddlemix.check_dataset")
 
@@ -241,12 +242,11 @@ def parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Dict[str, 
     """This tool's own flags, and the settings of the training."""
 
     def number(text: str) -> int:
-        value = int(text)
-        if value < 0:
-            raise ValueError(text)
-        return value
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number, 0 or more")
+        return int(text)
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="check_dataset.py",
         usage="%(prog)s CONFIG.json [--show N] [--num_workers N] [--max_listed N] [--key value ...]",
         description="Reads all rows and pictures of a fine-tuning configuration and says whether training is sound.",
@@ -257,7 +257,7 @@ def parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Dict[str, 
     parser.add_argument("--max_listed", type=number, default=1000, help="lines of each list at most [1000]")
     flags, rest = parser.parse_known_args(argv)
     if not rest or rest[0].startswith("--"):
-        parser.error("the configuration file comes first")
+        parser.error(f"the configuration file comes first, {parser.format_usage().strip()}")
 
     from paddlemix.trainer.arguments import read_settings
 

@@ -22,6 +22,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.hub import has_tokenizer
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
+from paddlemix.tools.command_line import Parser
 
 logger = logging.getLogger("paddlemix.convert")
 
@@ -30,7 +31,7 @@ IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model_name_or_path", required=True, help="folder or name of the checkpoint")
     parser.add_argument("--output_dir", required=True, help="folder to write; it must not exist, or be empty")
     parser.add_argument("--layout", required=True, choices=LAYOUTS)

@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
+from paddlemix.tools.command_line import Parser
 
 logger = logging.getLogger("paddlemix.evaluate")
 
@@ -205,7 +206,7 @@ def save_predictions(path: str, turns: Sequence[Turn], predictions: Dict[int, st
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder or name of the checkpoint")
     parser.add_argument("--data_file", required=True, help="JSON array or JSON lines, as fine-tuning takes it")
     parser.add_argument("--image_folder", help="what pictures' paths are relative to [the data file's folder]")

@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
 
 from paddlemix.errors import UserError
 from paddlemix.runtime import prepare_cpu, quiet_start
+from paddlemix.tools.command_line import Parser
 
 logger = logging.getLogger("paddlemix.merge")
 
@@ -23,7 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--model_name_or_path", help="folder or name of the base; default the one that the adapter records"
     )

@@ -89,7 +89,7 @@ def add_lora(
         dtype: of the adapters' weights.
         base: name or folder of the model under the adapter, recorded in its config.
     """
-    patterns = list(targets) if targets else DEFAULT_TARGETS
+    patterns = DEFAULT_TARGETS if targets is None else list(targets)
     names = resolve_targets(model, patterns)
     if not names:
         raise UserError("lora_target_modules names no layer; give at least one regular expression, or leave it out.")

@@ -238,6 +238,7 @@ def test_a_refusal_is_quick_and_needs_no_installation(tmp_path, environment):
         (["--device", "cpu", "--fp16"], ["float16 on CPU", "--fp16"]),
         (["--device", "the big one"], ["--device", "cpu, gpu or gpu:1"]),
         (["--question", " "], ["--question", "empty"]),
+        (["--question", "--debug"], ["--question", "expected one argument"]),
         (["--model-path", ""], ["--model-path", "empty"]),
         (["--colour", "red"], ["--colour"]),
         (["--conv-mode", "vicuna_v9"], ["vicuna_v9", *conv_templates]),
@@ -489,3 +490,9 @@ def test_help_lists_every_flag_of_the_contract(capsys):
     assert args.image_file is args.conv_mode is args.seed is args.dtype is args.device is args.lora_path is None
     assert program.parse_args(["--fp16"]).dtype == "float16"
     assert program.parse_args(["--device", "cuda:1"]).device == "gpu:1"
+
+
+def test_a_question_may_begin_with_a_dash():
+    flags = ["--question", "-5?", "--max_new_tokens", "7", "--question", "--what_is it?", "--question", "- and_this"]
+    args = program.parse_args([*flags, "--question=-x_y"])
+    assert args.question == ["-5?", "--what_is it?", "- and_this", "-x_y"] and args.max_new_tokens == 7

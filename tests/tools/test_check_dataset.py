@@ -207,19 +207,22 @@ def test_cuts_and_drops_are_named(run_here, folder, tmp_path):
         ({"version": "vicuna"}, [], "No conversation template 'vicuna'"),
         ({"dataset": {"trian": []}}, [], "dataset has the key 'trian'; expected 'train'"),
         ({"max_length": "long"}, [], "max_length"),
-        ({}, ["--show", "-1"], "--show"),
+        ({}, ["--show", "-1"], "--show: '-1' was given, expected a whole number, 0 or more"),
+        ({}, ["--num_workers", "two"], "--num_workers: 'two' was given"),
+        ({}, ["--show"], "--show"),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(run_here, folder, keys, arguments, message):
     done = run_here(config(folder, "wrong.json", **keys), *arguments)
     assert done.returncode != 0 and message in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") == 1
+    assert done.stderr.count("error: ") == 1 and len(done.stderr.splitlines()) == 1
 
 
 def test_without_a_configuration_it_shows_how_it_is_used(run_here, tmp_path):
     done = run_here()
     assert done.returncode == 2 and "usage: check_dataset.py CONFIG.json" in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     done = run_here(tmp_path / "none.json")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "none.json doesn't exist" in done.stderr
 

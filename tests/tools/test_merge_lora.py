@@ -133,6 +133,21 @@ def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
     assert main(["--lora_path", adapter, "--model_name_or_path", base, "--merge_model_path", base]) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["--lora_path"]),
+        (["--lora_path", "x", "--low_gpu_mem", "true"], ["--low_gpu_mem"]),
+        (["--lora_path", "x", "--dtype", "int8"], ["--dtype", "int8", "float32"]),
+    ],
+)
+def test_wrong_flags_are_one_sentence(capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and all(word in line for word in words)
+
+
 def test_an_error_while_writing_leaves_the_folder_as_it_was(room, tmp_path, monkeypatch):
     folder, _ = room
     output = make(tmp_path / "out")

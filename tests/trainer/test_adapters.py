@@ -58,6 +58,11 @@ def test_a_pattern_that_names_nothing_to_adapt(pattern, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_no_pattern_at_all():
+    with pytest.raises(UserError, match="lora_target_modules names no layer"):
+        add_lora(tiny_model(), targets=[])
+
+
 def test_a_new_adapter_changes_nothing():
     model, ids = tiny_model(), paddle.to_tensor([[1, 5, 6, 7]])
     model.eval()

@@ -27,9 +27,11 @@ if find_spec("paddlemix") is None:  # run from a clone that is not installed
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.terminal import one_interrupt, open_reader
 from paddlemix.runtime import device_name, prepare_cpu, quiet_start
+from paddlemix.tools.command_line import Parser
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+FLAG = re.compile(r"--[\w-]+(=.*)?", re.DOTALL)
 
 COMMANDS = {
     "/image": ("PATH|URL", "a further picture, from the next question on"),
@@ -45,13 +47,6 @@ COMMANDS = {
 
 
 # ---- what was asked for on the command line ----
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists the flags).\n")
 
 
 def number(expected: str, valid: Callable[[float], bool], kind: Callable[[str], Any] = float):
@@ -73,9 +68,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for i, word in enumerate(argv):
         if word == "--":
             break
-        if word.startswith("--"):
+        if FLAG.fullmatch(word):
             name, equals, value = word.partition("=")
             argv[i] = name.replace("_", "-") + equals + value
+    for i in range(len(argv) - 1, 0, -1):  # a question may begin with a dash, which argparse would take for a flag
+        if argv[i - 1] == "--question" and argv[i].startswith("-") and not FLAG.fullmatch(argv[i]):
+            argv[i - 1 : i + 1] = [f"--question={argv[i]}"]
     parser = Parser(description="Chat with a LLaVA model about pictures, round after round.", allow_abbrev=False)
     add = parser.add_argument
     positive = number("a number above 0", lambda value: value > 0)
