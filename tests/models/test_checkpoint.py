@@ -319,6 +319,15 @@ def test_a_missing_tensor_is_named(hugging_face, tmp_path):
         open_model(altered(hugging_face, tmp_path, drop_a_layer))
 
 
+def test_a_missing_projector_has_the_keys_that_make_one(hugging_face, tmp_path):
+    def drop(tensors):
+        for name in [name for name in tensors if "multi_modal_projector" in name]:
+            del tensors[name]
+
+    with pytest.raises(UserError, match=r"lacks 4 tensor\(s\).*tune_mm_mlp_adapter.*pretrain_mm_mlp_adapter"):
+        open_model(altered(hugging_face, tmp_path, drop))
+
+
 def test_a_missing_tensor_has_its_name_in_the_folder(hugging_face, tmp_path):
     lost = (
         *("multi_modal_projector.linear_1.weight", "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight"),

@@ -269,14 +269,14 @@ def check(
         for name, theirs in published.items()
         if name not in expected and not _never_used(name, theirs, config, folder)
     ]
-    missing = []
-    for name in (name for name in expected if name not in sources):
+    absent, missing = [name for name in expected if name not in sources], []
+    for name in absent:
         theirs = layouts.name_beside(name, published)
         missing.append(theirs if theirs == name else f"{theirs} (here {name})")
     problems = []
     if missing:
         hint, projector = "", (layouts.PROJECTOR, layouts.NEWLINE)
-        if all(name.startswith(projector) for name in missing) and not any(
+        if all(name.startswith(projector) for name in absent) and not any(
             name.startswith(projector) for name in sources
         ):
             hint = " (the projector: fine-tuning makes a new one with tune_mm_mlp_adapter, or reads pretrain_mm_mlp_adapter)"
