@@ -348,18 +348,21 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
 
 def work(trainer: Any, plan: Any) -> int:
     """Trains, evaluates, saves; returns the exit status."""
-    from paddlemix.trainer.callbacks import plot_loss
+    from paddlemix.trainer.callbacks import LogFileCallback, plot_loss
     from paddlemix.trainer.run_folder import finish_run, write_json
 
     args = trainer.args
     folder = Path(args.output_dir)
     results: Dict[str, Any] = {}
+    if not plan.recorded:
+        trainer.remove_callback(LogFileCallback)  # the log is that of the model beside the results
     if args.do_train:
         if plan.action == "resume" and args.should_log:
             logger.info("Going on from %s.", plan.checkpoint)
         output = trainer.train(plan.checkpoint)
         if trainer.interrupted:
-            logger.warning("Stopped at step %d; the same command goes on from there.", trainer.state.global_step)
+            then = "a benchmark saves nothing" if args.benchmark else "the same command goes on from there"
+            logger.warning("Stopped at step %d; %s.", trainer.state.global_step, then)
             return 128 + (trainer.stopper.signal_number or 0)
         results["train"] = output.metrics
     if args.do_eval:
@@ -375,7 +378,8 @@ def work(trainer: Any, plan: Any) -> int:
             write_json(folder / f"{name}_results.json", metrics)
         if args.do_train:
             plot_loss(folder)
-        finish_run(folder)
+        if plan.recorded:
+            finish_run(folder)
         if args.do_train and not args.benchmark:
             logger.info("Trained model: %s", folder)
     return 0

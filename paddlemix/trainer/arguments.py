@@ -180,7 +180,7 @@ class FinetuneArguments(TrainingArguments):
 
     # training
     benchmark: bool = field(
-        default=False, metadata={"help": "Report samples/s, tokens/s and peak memory; don't save the result."}
+        default=False, metadata={"help": "Report samples/s, tokens/s and peak memory; save no model and no checkpoint."}
     )
     device: Optional[str] = field(default=None, metadata={"help": "gpu, cpu, …; default gpu if Paddle has one."})
     do_train: Optional[bool] = field(
@@ -200,7 +200,7 @@ class FinetuneArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Train in a folder that holds other files, another run or a finished one; an unfinished run with the "
-            "same settings is still gone on with."
+            "same settings is still gone on with. Evaluation puts its results beside a trained model."
         },
     )
     resume_from_checkpoint: Optional[str] = field(

@@ -40,6 +40,12 @@ UNWRITABLE = frozenset(
 )  # the disk's fault, not ours
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+MODEL = re.compile(
+    CHECKPOINT.pattern
+    + r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(non_lora|lora_model)_state\.safetensors"
+    + r"|peft_model\.safetensors\.index\.json|lora_config\.json"
+)
+RESULT = re.compile(r"train_log\.jsonl|loss\.png|(eval_)?predictions-\d+\.jsonl|(train|eval|predict|all)_results\.json")
 PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed
 
 # Keys that may change between the two halves of a run without making it another run.
@@ -58,11 +64,13 @@ class RunPlan(NamedTuple):
         action: ``start``, ``resume`` (from ``checkpoint``; None: the run was stopped before its first), or ``done``.
         checkpoint: the folder to go on from.
         stale: folders and files of an earlier run that are removed when this one begins.
+        recorded: ``run.json`` tells of this run; False where it tells of a trained model, beside which results are put.
     """
 
     action: str
     checkpoint: Optional[Path] = None
     stale: tuple = ()
+    recorded: bool = True
 
 
 def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPlan:
@@ -71,6 +79,9 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     A folder that holds an unfinished run is gone on with. ``overwrite_output_dir`` lets a run begin in a folder that
     holds another run, a finished one or other files; an unfinished run with the same settings and data is still gone
     on with, since that is the same command started again (``resume_from_checkpoint: false`` begins afresh).
+
+    A run that saves no model (evaluation alone, a benchmark) takes no weights away, and isn't recorded in the place of
+    one that does.
 
     Raises:
         UserError: the folder holds something else and may not be overwritten, or the named checkpoint isn't whole.
@@ -90,6 +101,14 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
             f"output_dir names {folder}, which holds {held[0].name} and no run of this tool; name an empty folder or "
             "set overwrite_output_dir to true."
         )
+    if not saves_model(settings):
+        if resume:
+            raise UserError(
+                "resume_from_checkpoint is set, but this run trains no model to keep; name the checkpoint in "
+                "model_name_or_path instead."
+            )
+        if run is not None and saves_model(run["settings"]):
+            return _beside_model(folder, settings)
     if isinstance(resume, str):
         return _resume_named(folder, Path(resume).expanduser(), run, overwrite)
     if resume is True:
@@ -99,7 +118,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
         return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
     if run is None:
         return RunPlan("start")
-    stale = _run_files(folder)
+    stale = _run_files(folder, run)
     if resume is False:
         if not overwrite:
             raise UserError(
@@ -116,10 +135,33 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
             f"output_dir names {folder}, which holds a finished run with other settings; name another folder, set "
             "overwrite_output_dir to true, or resume_from_checkpoint to true to train it further."
         )
-    checkpoint = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder) if saves_model(run["settings"]) else None
     if checkpoint is None:
         return RunPlan("start", stale=stale)
     return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+
+
+def saves_model(settings: Dict[str, Any]) -> bool:
+    """Whether a run trains a model and keeps it."""
+    trains = settings.get("do_train")
+    if trains is None:
+        trains = not (settings.get("do_eval") or settings.get("do_predict"))
+    return trains and not settings.get("benchmark", False)
+
+
+def _beside_model(folder: Path, settings: Dict[str, Any]) -> RunPlan:
+    """A run that saves no model, in the folder of one that does."""
+    if settings.get("benchmark"):
+        raise UserError(
+            f"benchmark is true, but output_dir {folder} holds a training run, whose log it would replace; name another "
+            "folder."
+        )
+    if not settings.get("overwrite_output_dir"):
+        raise UserError(
+            f"output_dir names {folder}, which holds a training run; name another folder, or set overwrite_output_dir to "
+            "true to put the results beside the model, which stays as it is."
+        )
+    return RunPlan("start", recorded=False)
 
 
 def _resume_named(folder: Path, checkpoint: Path, run: Optional[Dict[str, Any]], overwrite: bool) -> RunPlan:
@@ -138,7 +180,7 @@ def _resume_named(folder: Path, checkpoint: Path, run: Optional[Dict[str, Any]],
             f"resume_from_checkpoint names {checkpoint}, but output_dir {folder} holds another run; name an empty folder "
             "or set overwrite_output_dir to true."
         )
-    return RunPlan("resume", checkpoint, _run_files(folder) if run is not None else ())
+    return RunPlan("resume", checkpoint, _run_files(folder, run) if run is not None else ())
 
 
 def _later_checkpoints(folder: Path, checkpoint: Path) -> tuple:
@@ -161,6 +203,8 @@ def changed_keys(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
 
 def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files: Sequence[Path] = ()) -> None:
     """Makes the folder, removes what the plan calls stale, and records the run."""
+    if not plan.recorded:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -192,14 +236,13 @@ def _read_run(folder: Path) -> Optional[Dict[str, Any]]:
         return None
 
 
-def _run_files(folder: Path) -> tuple:
-    """What an earlier run of this tool left in its folder; other files aren't touched."""
-    own = re.compile(
-        CHECKPOINT.pattern
-        + r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(non_lora|lora_model)_state\.safetensors"
-        + r"|peft_model\.safetensors\.index\.json|lora_config\.json|train_log\.jsonl|loss\.png|eval_predictions-\d+\.jsonl|(train|eval|all)_results\.json"
+def _run_files(folder: Path, run: Dict[str, Any]) -> tuple:
+    """What the run that is recorded in the folder left there; other files aren't touched."""
+    return tuple(
+        path
+        for path in sorted(folder.iterdir())
+        if RESULT.fullmatch(path.name) or (saves_model(run["settings"]) and MODEL.fullmatch(path.name))
     )
-    return tuple(path for path in sorted(folder.iterdir()) if own.fullmatch(path.name))
 
 
 # checkpoints

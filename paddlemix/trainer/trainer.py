@@ -484,8 +484,10 @@ class LlavaTrainer(Trainer):
     # checkpoints
 
     def _save_checkpoint(self, model, metrics: Optional[Dict[str, float]] = None, evaluation_pending: bool = False):
-        """Writes ``checkpoint-N`` aside, then gives it its name."""
+        """Writes ``checkpoint-N`` aside, then gives it its name; nothing in a benchmark."""
         args, step = self.args, self.state.global_step
+        if args.benchmark:
+            return
         folder = Path(args.output_dir)
         final, partial = folder / f"checkpoint-{step}", folder / f"{PARTIAL}checkpoint-{step}"
         if metrics is not None:

@@ -329,6 +329,67 @@ def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
 
 
+def contents(folder):
+    """Every file of a folder, with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_trains_nothing_leaves_the_trained_model_as_it_is(room, tmp_path, lora, capsys):
+    """The toolkit's files have ``overwrite_output_dir: true``, and are run again with do_train switched off."""
+    output = tmp_path / "out"
+    config = configure(
+        room, output, lora=lora, dataset=with_eval(room), max_steps=2, save_steps=1, overwrite_output_dir=True
+    )
+    assert run([config]) == 0
+    before = contents(output)
+    assert main([config, "--do_train", "false", "--do_eval", "true", "--overwrite_output_dir", "false"]) == 1
+    assert "holds a training run" in capsys.readouterr().err
+    assert main([config, "--benchmark"]) == 1
+    assert "benchmark" in capsys.readouterr().err
+    assert contents(output) == before
+    evaluate = ["--do_train", "false", "--do_eval", "true", "--do_predict", "true", "--lora", "false"]
+    assert main([config, *evaluate]) == 0
+    assert main([config, *evaluate, "--model_name_or_path", str(output)]) == 0
+    after = contents(output)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"eval_results.json", "predict_results.json", "predictions-0.jsonl"}
+
+
+def test_a_killed_run_goes_on_after_an_evaluation_in_its_folder(room, tmp_path, capsys, caplog):
+    output = tmp_path / "out"
+    config = configure(room, output, dataset=with_eval(room), max_steps=4, save_steps=2)
+    assert run([config, "--max_steps", "2"]) == 0
+    record = json.loads((output / "run.json").read_text())
+    record["settings"]["max_steps"] = 4
+    (output / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert main([config, "--do_train", "false", "--do_eval", "true"]) == 1
+    assert "holds a training run" in capsys.readouterr().err
+    assert main([config, "--do_train", "false", "--do_eval", "true", "--overwrite_output_dir"]) == 0
+    with caplog.at_level("INFO", logger="paddlemix"):
+        assert main([config]) == 0
+    assert "Going on from" in caplog.text
+    assert [entry["step"] for entry in read_log(output / "train_log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_benchmark_that_is_repeated_leaves_the_model_in_its_folder(room, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(room / "base", output)
+    config = configure(
+        room,
+        output,
+        model_name_or_path=str(output),
+        benchmark=True,
+        max_steps=2,
+        save_steps=1,
+        overwrite_output_dir=True,
+    )
+    before = contents(output)
+    assert run([config]) == 0 and run([config]) == 0
+    after = contents(output)
+    assert {name: after[name] for name in before} == before and not list(output.glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

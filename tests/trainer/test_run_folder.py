@@ -198,6 +198,23 @@ def test_files_written_aside_come_together_or_not_at_all(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt"]
 
 
+def test_a_run_begun_afresh_finds_no_predictions_of_the_one_before(tmp_path):
+    given = run(tmp_path, finished=True, do_train=True)
+    names = ["eval_predictions-7.jsonl", "predictions-7.jsonl", "eval_results.json", "predict_results.json"]
+    for name in [*names, "my_results.json"]:
+        (tmp_path / "out" / name).write_text("{}")
+    again = {**given, "overwrite_output_dir": True}
+    begin_run(tmp_path / "out", again, plan_run(again))
+    assert sorted(os.listdir(tmp_path / "out")) == ["my_results.json", "run.json"]
+
+
+def test_going_on_is_for_runs_that_train(tmp_path):
+    given = run(tmp_path, steps=(10,))
+    for changes in ({"do_train": False, "do_eval": True}, {"benchmark": True}):
+        with pytest.raises(UserError, match="resume_from_checkpoint is set, but this run trains no model"):
+            plan_run({**given, **changes, "overwrite_output_dir": True, "resume_from_checkpoint": True})
+
+
 def test_the_run_is_recorded(tmp_path):
     run(tmp_path)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())
