@@ -10,7 +10,7 @@ after it was killed, the same command goes on from the last whole checkpoint. SI
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 if __package__ in (None, ""):  # run by its path, from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
     if args.device == "cpu" and any(kind.value in ("stage2", "stage3") for kind in args.sharding):
         raise UserError(f"sharding is {settings['sharding']!r}, which Paddle has on GPUs only; on CPUs use stage1.")
-    parts = build(args, settings, entries)
+    parts = build(args, settings, entries, plan)
     begin(args, settings, plan, data_files)
     from paddlemix.trainer.trainer import LlavaTrainer
 
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
     return work(trainer, plan)
 
 
-def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) -> Dict[str, Any]:
+def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], plan: Any) -> Dict[str, Any]:
     """Processor, data and model, all checked; says what will be trained, on what, and in how much memory."""
     import paddle
     from paddlenlp.trainer import set_seed
@@ -80,6 +80,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.processors.tokenizer import load_tokenizer
+    from paddlemix.trainer.run_folder import check_sources, saves_model
     from paddlemix.trainer.weights import mark_differing
 
     paddle.set_device(args.device)
@@ -88,6 +89,8 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
         folder = checkpoint.resolve(args.model_name_or_path)
         adapter = checkpoint.resolve(args.lora_path) if args.lora_path else None
     config = read_config(folder, adapter, args, settings)
+    if saves_model(settings):
+        check_sources(Path(args.output_dir), plan, weight_sources(args, folder), args.lora)
     processor = LlavaProcessor.from_pretrained(
         folder, config=config, image_aspect_ratio=args.image_aspect_ratio, adapter=adapter
     )
@@ -137,6 +140,21 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]]) ->
     if args.do_train and args.should_log:
         report(model, config, args, counts, lengths)
     return parts
+
+
+def weight_sources(args: Any, folder: Path) -> List[Tuple[str, Path]]:
+    """Where the run reads weights from, each with the key that names it; an adapter's base too."""
+    from paddlemix.models.llava import checkpoint
+
+    sources = []
+    base: Optional[Path] = folder
+    while base is not None:
+        sources.append(("model_name_or_path", base))
+        base = checkpoint.lora_base(base)
+    for key in ("lora_path", "pretrain_mm_mlp_adapter"):
+        if getattr(args, key):
+            sources.append((key, Path(getattr(args, key)).expanduser()))
+    return sources
 
 
 def read_config(folder: Path, adapter: Optional[Path], args: Any, settings: Dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.errors import UserError
 
@@ -162,6 +162,32 @@ def _beside_model(folder: Path, settings: Dict[str, Any]) -> RunPlan:
             "true to put the results beside the model, which stays as it is."
         )
     return RunPlan("start", recorded=False)
+
+
+def check_sources(folder: Path, plan: RunPlan, sources: Sequence[Tuple[str, Path]], lora: bool) -> None:
+    """Refuses to train from what the run itself would remove, or write over before it is done.
+
+    Args:
+        folder: ``output_dir`` of a run that saves its model.
+        sources: keys of the configuration and the folders or files that weights are read from; ``model_name_or_path``
+            may come several times, with the base of an adapter.
+        lora: the result needs its base, so that this one must outlive the run.
+    """
+    folder, stale = folder.resolve(), {path.name for path in plan.stale}
+    for key, path in sources:
+        source = path.resolve()
+        if source == folder:
+            removed, own = any(not CHECKPOINT.fullmatch(name) for name in stale), True
+        elif folder in source.parents:
+            name = source.relative_to(folder).parts[0]
+            removed, own = name in stale, bool(MODEL.fullmatch(name))
+        else:
+            continue
+        if removed or (own and (plan.action == "start" or (lora and key == "model_name_or_path"))):
+            raise UserError(
+                f"output_dir is {folder}, but training there would remove or replace {path}, whose weights "
+                f"{key} asks for; name another output_dir."
+            )
 
 
 def _resume_named(folder: Path, checkpoint: Path, run: Optional[Dict[str, Any]], overwrite: bool) -> RunPlan:

@@ -372,6 +372,65 @@ def test_a_killed_run_goes_on_after_an_evaluation_in_its_folder(room, tmp_path, 
     assert [entry["step"] for entry in read_log(output / "train_log.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.fixture(scope="module")
+def trained(room):
+    """A full run and an adapter on its result, with a checkpoint each; copied before use."""
+    folder = room / "runs" / "trained"
+    assert run([configure(room, folder / "full", max_steps=2, save_steps=1)]) == 0
+    base = str(folder / "full" / "checkpoint-1")
+    adapter = configure(room, folder / "adapter", model_name_or_path=base, lora=True, max_steps=1, save_steps=1)
+    assert run([adapter]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "output, changes",
+    [
+        ("full", {"model_name_or_path": "full"}),
+        ("full", {"model_name_or_path": "full", "resume_from_checkpoint": False}),
+        ("full", {"model_name_or_path": "full", "lora": True}),
+        ("full", {"model_name_or_path": "full", "lora": True, "resume_from_checkpoint": "adapter/checkpoint-1"}),
+        ("full", {"model_name_or_path": "full/checkpoint-1"}),
+        ("full", {"model_name_or_path": "full/checkpoint-1", "lora": True}),
+        ("full", {"model_name_or_path": "adapter"}),
+        ("full", {"pretrain_mm_mlp_adapter": "full"}),
+        ("full", {"pretrain_mm_mlp_adapter": "full/model.safetensors"}),
+        ("adapter", {"model_name_or_path": "full", "lora": True, "lora_path": "adapter"}),
+        ("adapter", {"model_name_or_path": "full", "lora": True, "lora_path": "adapter/checkpoint-1"}),
+    ],
+)
+def test_training_removes_nothing_that_it_is_made_from(room, trained, tmp_path, capsys, output, changes):
+    copy = tmp_path / "trained"
+    shutil.copytree(trained, copy)
+    recorded = copy / "adapter" / "lora_config.json"
+    recorded.write_text(recorded.read_text().replace(str(trained), str(copy)))
+    paths = {key: str(copy / value) if isinstance(value, str) else value for key, value in changes.items()}
+    before = contents(copy)
+    config = configure(room, tmp_path / "config", **paths, overwrite_output_dir=True, max_steps=1)
+    assert main([config, "--output_dir", str(copy / output)]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "would remove or replace" in message and any(key in message for key in changes), message
+    assert contents(copy) == before
+
+
+def test_going_on_in_the_folder_that_the_weights_are_named_from(room, trained, tmp_path):
+    full, adapter = tmp_path / "full", tmp_path / "adapter"
+    shutil.copytree(trained / "full", full)
+    shutil.copytree(trained / "adapter", adapter)
+    again = {"resume_from_checkpoint": True, "save_steps": 1}
+    for model in (full, full / "checkpoint-1"):
+        steps = 3 if model == full else 4
+        config = configure(room, tmp_path / "a", model_name_or_path=str(model), max_steps=steps, **again)
+        assert run([config, "--output_dir", str(full)]) == 0
+        assert (full / f"checkpoint-{steps}").is_dir()
+    base = str(trained / "full" / "checkpoint-1")
+    config = configure(
+        room, tmp_path / "b", model_name_or_path=base, lora=True, lora_path=str(adapter), max_steps=2, **again
+    )
+    assert run([config, "--output_dir", str(adapter)]) == 0
+    assert (adapter / "checkpoint-2").is_dir() and answer(adapter, room)[1].shape[-1] == 264
+
+
 def test_a_benchmark_that_is_repeated_leaves_the_model_in_its_folder(room, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(room / "base", output)
