@@ -5,14 +5,15 @@ the model's own name stands instead, so that a state fits whatever else the proc
 """
 
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionOptimizer
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.tensor_files import TensorSpec, open_tensor_file, write_safetensors
+from paddlemix.models.llava.tensor_files import StoredTensor, TensorSpec, open_tensor_file, write_safetensors
 from paddlemix.trainer.freezing import named_model_parameters
 
 __all__ = ["load_optimizer", "save_optimizer", "to_numpy", "to_tensor", "write_tensors"]
@@ -35,6 +36,11 @@ def to_tensor(dtype: str, array: np.ndarray) -> paddle.Tensor:
 
 def save_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
     """Writes moments, their powers and float32 master weights; not the learning rate, which the scheduler holds."""
+    write_tensors(path, _held(optimizer, model))
+
+
+def _held(optimizer: Any, model: nn.Layer) -> Dict[str, paddle.Tensor]:
+    """The optimizer's state under the model's names."""
     names = _names(model)
     held = {}
     for key, value in optimizer.state_dict().items():
@@ -42,7 +48,7 @@ def save_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
             held.update({f"{names[name]}/{MASTER}": tensor for name, tensor in value.items()})
         elif isinstance(value, paddle.Tensor):
             held[_structured(key, names)] = value
-    write_tensors(path, held)
+    return held
 
 
 def write_tensors(path: Path, tensors: Dict[str, paddle.Tensor]) -> None:
@@ -53,23 +59,31 @@ def write_tensors(path: Path, tensors: Dict[str, paddle.Tensor]) -> None:
 
 
 def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
-    """Puts back what :func:`save_optimizer` wrote.
+    """Puts back what :func:`save_optimizer` wrote. A parameter that had no gradient until then has no state yet.
 
     Raises:
-        UserError: the state is of parameters that this run doesn't train.
+        UserError: the state is of parameters that this run doesn't train, or of another kind of optimizer.
     """
+    stored = open_tensor_file(path)
     paddle_names = {structured: name for name, structured in _names(model).items()}
     paddle_names[""] = ""
-    state: Dict[str, Any] = {}
-    masters = {}
-    for key, stored in open_tensor_file(path).items():
-        structured, _, suffix = key.partition("/")
+    for structured in [key.partition("/")[0] for key in stored]:
         if structured not in paddle_names:
             raise UserError(
                 f"{path} holds the optimizer's state of {structured}, which this run doesn't have; "
                 "go on with the settings that the checkpoint was made with."
             )
-        tensor = to_tensor(stored.dtype, stored.read())
+    inner = optimizer._inner_opt if isinstance(optimizer, MixPrecisionOptimizer) else optimizer
+    if isinstance(inner, paddle.optimizer.AdamW) and not any(key.startswith("/") for key in stored):
+        for key, tensor in _create_state(inner, model, stored, path).items():
+            tensor.set_value(to_tensor(stored[key].dtype, stored[key].read()))
+        return
+    _check_shards(model, path)
+    state: Dict[str, Any] = {}
+    masters = {}
+    for key, entry in stored.items():
+        structured, _, suffix = key.partition("/")
+        tensor = to_tensor(entry.dtype, entry.read())
         if not structured:
             state[suffix] = tensor
         elif suffix == MASTER:
@@ -79,6 +93,46 @@ def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
     if masters:
         state[MASTER] = masters
     optimizer.set_state_dict(state)
+
+
+def _create_state(
+    optimizer: Any, model: nn.Layer, stored: Dict[str, StoredTensor], path: Path
+) -> Dict[str, paddle.Tensor]:
+    """Gives the parameters that the file knows a new state, as their first step would; it must be of the file's form.
+
+    ``set_state_dict`` won't do: it demands a state of parameters that had no gradient yet, and finds none by the names of
+    master weights that were read.
+    """
+    known = {key.partition("/")[0] for key in stored}
+    parameters = [parameter for name, parameter in named_model_parameters(model) if name in known]
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+    made = _held(optimizer, model)
+    expected = {key: (str(value.dtype).split(".")[-1], tuple(value.shape)) for key, value in made.items()}
+    found = {key: (tensor.dtype, tensor.shape) for key, tensor in stored.items()}
+    for key in sorted(set(expected) | set(found)):
+        if expected.get(key) != found.get(key):
+            raise UserError(
+                f"{path} holds {_described(found.get(key))} as {key}, but the optimizer of this run "
+                f"has {_described(expected.get(key))}; go on with the optim and the precision that the checkpoint was made "
+                "with, or set ignore_load_lr_and_optim to true."
+            )
+    return made
+
+
+def _described(form: Optional[Tuple[str, Tuple[int, ...]]]) -> str:
+    return f"{form[0]} {list(form[1])}" if form else "nothing"
+
+
+def _check_shards(model: nn.Layer, path: Path) -> None:
+    """Where the state is spread over the ranks' files, every parameter that is trained must be in one of them."""
+    files = sorted(path.parent.glob("optimizer*.safetensors"))
+    known = {key.partition("/")[0] for file in files for key in open_tensor_file(file)}
+    missing = sorted(set(_names(model).values()) - known)
+    if missing and "" not in known:
+        raise UserError(
+            f"{path.parent} holds no optimizer's state of {missing[0]}, which this run trains; go on with the settings "
+            "that the checkpoint was made with, or set ignore_load_lr_and_optim to true."
+        )
 
 
 def _names(model: nn.Layer) -> Dict[str, str]:

@@ -57,6 +57,31 @@ def test_a_state_of_other_parameters_is_refused(tmp_path):
         load_optimizer(stepped(adapted), adapted, tmp_path / "optimizer.safetensors")
 
 
+def test_master_weights_of_half_precision_come_back(tmp_path):
+    def halved():
+        model = built()
+        model.to(dtype="bfloat16")
+        parameters = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+        for parameter in parameters:
+            parameter.grad = paddle.ones_like(parameter)
+        return model, paddle.optimizer.AdamW(parameters=parameters, multi_precision=True)
+
+    def step(optimizer):
+        with pytest.raises(RuntimeError, match="kernel `adamw` is not registered"):  # Paddle has it on GPUs only
+            optimizer.step()
+
+    model, optimizer = halved()
+    step(optimizer)
+    save_optimizer(optimizer, model, tmp_path / "optimizer.safetensors")
+    assert any(name.endswith("/master_weights") for name in open_tensor_file(tmp_path / "optimizer.safetensors"))
+    other, again = halved()
+    other.set_state_dict({name: paddle.zeros_like(value) for name, value in other.state_dict().items()})
+    load_optimizer(again, other, tmp_path / "optimizer.safetensors")
+    step(again)
+    save_optimizer(again, other, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "optimizer.safetensors").read_bytes()
+
+
 def test_half_precision_keeps_its_bits():
     for dtype in ("bfloat16", "float16", "float32"):
         values = paddle.randn([64]).astype(dtype)

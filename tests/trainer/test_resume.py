@@ -22,12 +22,12 @@ from tests.trainer.tiny import Samples, samples, tiny_model
 STEPS = 8  # of 4 rows; 10 rows make three steps an epoch, the last of two rows
 
 
-def make_trainer(folder, lora=True, seed=0, callbacks=(), eval_rows=None, **changes):
+def make_trainer(folder, lora=True, seed=0, callbacks=(), eval_rows=None, rows=None, unfreeze_tower=False, **changes):
     model = tiny_model(0 if lora else seed)
     if lora:
         paddle.seed(seed)
         model = add_lora(model, rank=2, dropout=0.2)
-    select_trained(model, lora=lora)
+    select_trained(model, lora=lora, unfreeze_tower=unfreeze_tower)
     options = dict(
         output_dir=str(folder), device="cpu", max_steps=STEPS, learning_rate=3e-3, warmup_steps=2, weight_decay=0.01,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2, save_steps=100, neftune=True,
@@ -35,7 +35,7 @@ def make_trainer(folder, lora=True, seed=0, callbacks=(), eval_rows=None, **chan
     )  # fmt: skip
     args = FinetuneArguments(**{**options, **changes})
     eval_dataset = Samples(eval_rows) if eval_rows else None
-    return LlavaTrainer(model, args, Samples(samples(10)), eval_dataset, callbacks=callbacks)
+    return LlavaTrainer(model, args, Samples(rows or samples(10)), eval_dataset, callbacks=callbacks)
 
 
 def weights(trainer):
@@ -180,6 +180,30 @@ def test_a_checkpoint_of_another_adapter_is_refused(whole_run, tmp_path):
     with pytest.raises(UserError) as caught:
         make_trainer(tmp_path, lora=not lora).train(folder / "checkpoint-4")
     assert "\n" not in str(caught.value)
+
+
+def test_parts_that_learn_later_begin_with_a_state_of_their_own(whole_run, tmp_path):
+    lora, folder, *_ = whole_run
+    trainer = make_trainer(tmp_path, lora, unfreeze_tower=True)
+    before = weights(trainer)
+    trainer.train(folder / "checkpoint-4")
+    moved = [name for name, value in weights(trainer).items() if (value != before[name]).any()]
+    assert trainer.state.global_step == STEPS and any("vision_tower" in name for name in moved)
+
+
+def test_a_part_without_a_gradient_until_the_checkpoint_learns_after_it(tmp_path):
+    make_trainer(tmp_path / "text", lora=False, rows=samples(10, text_only=1.0), save_steps=2, max_steps=2).train()
+    trainer = make_trainer(tmp_path / "pictures", lora=False, rows=samples(10, text_only=0.0))
+    before = weights(trainer)
+    trainer.train(tmp_path / "text" / "checkpoint-2")
+    moved = [name for name, value in weights(trainer).items() if (value != before[name]).any()]
+    assert trainer.state.global_step == STEPS and any("mm_projector" in name for name in moved)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(whole_run, tmp_path):
+    lora, folder, *_ = whole_run
+    with pytest.raises(UserError, match="moment2_0, but the optimizer of this run has.*ignore_load_lr_and_optim"):
+        make_trainer(tmp_path, lora, optim="adamw_mini").train(folder / "checkpoint-4")
 
 
 def test_progress_is_plain_json(whole_run):
