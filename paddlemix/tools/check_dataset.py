@@ -279,10 +279,11 @@ def beyond_positions(found: SplitReport, config: Any) -> Optional[str]:
 
 def needed_splits(settings: Dict[str, Any]) -> List[str]:
     """The splits that the run reads, by the training arguments' own defaults."""
-    predicts = settings.get("do_predict", False)
-    trains = settings.get("do_train", not (settings.get("do_eval") or predicts))
-    evaluates = settings.get("do_eval", trains and settings.get("evaluation_strategy", "no") != "no")
-    return (["train"] if trains else []) + (["eval"] if evaluates or predicts else [])
+    from paddlemix.trainer.run_folder import trains
+
+    training, predicts = trains(settings), settings.get("do_predict", False)
+    evaluates = settings.get("do_eval", training and settings.get("evaluation_strategy", "no") != "no")
+    return (["train"] if training else []) + (["eval"] if evaluates or predicts else [])
 
 
 def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:

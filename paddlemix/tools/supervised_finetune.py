@@ -31,12 +31,12 @@ def run(argv: Sequence[str]) -> int:
         UserError: bad input, before anything is trained or written.
     """
     from paddlemix.datasets.files import parse_dataset_key
-    from paddlemix.trainer.arguments import FinetuneArguments, check_device, read_settings
+    from paddlemix.trainer.arguments import FinetuneArguments, check_device, configuration_file, read_settings
     from paddlemix.trainer.run_folder import plan_run
 
     settings = read_settings(argv)
     settings["device"] = check_device(settings)
-    file = next((Path(word) for word in argv[:1] if not word.startswith("--")), None)
+    file = configuration_file(argv)
     entries = parse_dataset_key(settings["dataset"], file.parent if file else None)
     data_files = [path for split in entries.values() for entry in split for path in entry.data_files]
     plan = plan_run(settings, data_files)

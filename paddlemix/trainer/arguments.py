@@ -21,8 +21,9 @@ from paddlenlp.trainer.trainer_utils import OptimizerNames, SchedulerType, Shard
 
 from paddlemix.errors import UserError
 from paddlemix.runtime import device_name
+from paddlemix.trainer.run_folder import trains
 
-__all__ = ["SECRETS", "FinetuneArguments", "check_device", "default_device", "read_settings"]
+__all__ = ["SECRETS", "FinetuneArguments", "check_device", "configuration_file", "default_device", "read_settings"]
 
 # Keys of PaddleNLP's TrainingArguments that steer an engine this tool doesn't have; each with what serves instead.
 # They may stand in a file at their default, which is what most files that hold them say.
@@ -335,6 +336,11 @@ def check_device(settings: Dict[str, Any]) -> str:
     return device
 
 
+def configuration_file(argv: Sequence[str]) -> Optional[Path]:
+    """The file that a command line names, before or after its overrides; None if it names none."""
+    return _split(list(argv))[0]
+
+
 def _split(argv: List[str]):
     """The file and the overrides of a command line, values still as text."""
     file, overrides = None, {}
@@ -396,8 +402,8 @@ def _typed(key: str, value: Any, hint: Any, from_text: bool) -> Any:
     if origin is Union:  # Optional[...]
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
         origin = typing.get_origin(hint)
-    if key == "resume_from_checkpoint" and (isinstance(value, bool) or (from_text and value in ("true", "false"))):
-        return value if isinstance(value, bool) else value == "true"
+    if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     if key == "sharding" and isinstance(value, bool):
         return "stage1" if value else ""
     if hint is bool:
@@ -548,5 +554,9 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError("output_dir is missing; expected the folder that the result is written to.")
     if settings.get("dataset") is None:
         raise UserError('dataset is missing; expected {"train": [{"data_files": "train.json"}]}.')
+    if settings.get("benchmark") and not trains(settings):
+        raise UserError(
+            "benchmark is true, but do_train isn't, and a benchmark measures training; set do_train to true."
+        )
     if settings.get("do_train") is False and not settings.get("do_eval") and not settings.get("do_predict"):
         raise UserError("do_train, do_eval and do_predict are all false, so there is nothing to do; set one to true.")

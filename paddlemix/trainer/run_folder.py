@@ -141,12 +141,14 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
 
 
+def trains(settings: Dict[str, Any]) -> bool:
+    """Whether a run trains; by default if it neither evaluates nor predicts."""
+    return settings.get("do_train", not (settings.get("do_eval") or settings.get("do_predict")))
+
+
 def saves_model(settings: Dict[str, Any]) -> bool:
     """Whether a run trains a model and keeps it."""
-    trains = settings.get("do_train")
-    if trains is None:
-        trains = not (settings.get("do_eval") or settings.get("do_predict"))
-    return trains and not settings.get("benchmark", False)
+    return trains(settings) and not settings.get("benchmark", False)
 
 
 def _beside_model(folder: Path, settings: Dict[str, Any]) -> RunPlan:

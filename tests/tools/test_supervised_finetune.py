@@ -715,6 +715,16 @@ def test_a_toolkit_file_runs_as_it_is(room, tmp_path, monkeypatch):
     assert len(read_log(output / "train_log.jsonl")) == 1 and not (output / "checkpoint-12").exists()
 
 
+def test_overrides_may_come_before_the_file(room, tmp_path, monkeypatch):
+    """Data beside the configuration are found from any working directory."""
+    shutil.copytree(room / "data", tmp_path / "data")
+    config = configure(room, tmp_path / "out", dataset={"train": [{"data_files": "data/train.json"}]})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["--max_steps", "1", "--save_steps=9", config]) == 0
+    assert len(read_log(tmp_path / "out" / "train_log.jsonl")) == 1
+
+
 def test_help_lists_the_keys(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

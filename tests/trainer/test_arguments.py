@@ -110,6 +110,12 @@ def test_a_command_line_overrides_key_by_key(tmp_path):
     assert found["dataset"]["train"][0]["data_files"] == "x.json"
 
 
+@pytest.mark.parametrize("word, expected", [("True", True), ("FALSE", False), ("true", True), ("a/true", "a/true")])
+def test_going_on_takes_a_boolean_in_any_spelling(tmp_path, word, expected):
+    assert settings(tmp_path, "--resume_from_checkpoint", word)["resume_from_checkpoint"] == expected
+    assert settings(tmp_path, resume_from_checkpoint=word)["resume_from_checkpoint"] == expected
+
+
 def test_null_is_the_default(tmp_path):
     found = settings(tmp_path, lora_path=None, save_total_limit=None, lora_rank=None)
     assert FinetuneArguments(**found).lora_rank == 8
@@ -173,6 +179,8 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"model_name_or_path": None}, ["model_name_or_path", "missing"]),
         ({"output_dir": None}, ["output_dir", "missing"]),
         ({"do_train": False}, ["do_train", "do_eval"]),
+        ({"benchmark": True, "do_train": False, "do_eval": True}, ["benchmark", "do_train"]),
+        ({"benchmark": True, "do_train": None, "do_predict": True}, ["benchmark", "do_train"]),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(tmp_path, changes, words):
