@@ -111,6 +111,10 @@ ONE_OF = {
 
 PATHS = ("model_name_or_path", "text_model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter", "output_dir")
 
+# What an evaluation gives: always, unless prediction_loss_only is set, and with eval_with_do_generation
+METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+ACCURACY_METRICS, ANSWER_METRICS = ("token_accuracy",), ("exact_match", "box_iou")
+
 SECRETS = frozenset(["wandb_api_key"])  # never written to a file
 
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -524,6 +528,8 @@ def _check(settings: Dict[str, Any]) -> None:
             raise UserError(f"report_to has {name}, which isn't installed; pip install {REPORTERS[name]}.")
     if settings.get("minimum_eval_times") and settings.get("evaluation_strategy") != "steps":
         raise UserError("minimum_eval_times sets eval_steps, so evaluation_strategy must be steps.")
+    if settings.get("metric_for_best_model") is not None:
+        _check_metric(settings["metric_for_best_model"], settings)
     shards = settings.get("sharding", "").split()
     if shards and (shards[0] not in [kind.value for kind in ShardingOption][:3] or shards[1:] not in ([], ["offload"])):
         raise UserError(
@@ -560,3 +566,14 @@ def _check(settings: Dict[str, Any]) -> None:
         )
     if settings.get("do_train") is False and not settings.get("do_eval") and not settings.get("do_predict"):
         raise UserError("do_train, do_eval and do_predict are all false, so there is nothing to do; set one to true.")
+
+
+def _check_metric(name: str, settings: Dict[str, Any]) -> None:
+    """Refuses a ``metric_for_best_model`` that no evaluation of the run will give."""
+    given = METRICS
+    if not settings.get("prediction_loss_only"):
+        given += ACCURACY_METRICS + (ANSWER_METRICS if settings.get("eval_with_do_generation") else ())
+    bare = name[len("eval_") :] if name.startswith("eval_") else name
+    if bare not in given:
+        hint = "; set eval_with_do_generation to true for it" if bare in ANSWER_METRICS else ""
+        raise UserError(f"metric_for_best_model is {name!r}; expected one of {', '.join(given)}{hint}.")

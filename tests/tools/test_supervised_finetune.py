@@ -21,6 +21,7 @@ from paddlemix.processors.llava import LlavaProcessor
 from paddlemix.tools.check_dataset import main as check_dataset
 from paddlemix.tools.merge_lora_params import main as merge_main
 from paddlemix.tools.supervised_finetune import main, run
+from paddlemix.trainer.arguments import read_settings
 from paddlemix.trainer.callbacks import read_log
 from tests.trainer.test_arguments import TOOLKIT
 from tests.trainer.tiny import colour_data, tiny_checkpoint
@@ -116,6 +117,15 @@ def test_paddlenlps_loramodel_opens_the_adapter(room, lora_run):
     opened = dict(LoRAModel.from_pretrained(base, str(lora_run)).named_parameters())
     for name, values in load_file(lora_run / "lora_model_state.safetensors").items():
         np.testing.assert_array_equal(opened[f"model.{name}"].numpy(), values)
+
+
+def test_every_metric_that_evaluation_gives_may_choose_the_best(room, lora_run, tmp_path):
+    entry = next(entry for entry in read_log(lora_run / "train_log.jsonl") if "eval_loss" in entry)
+    given = [name for name in entry if name.startswith("eval_") and "mem_" not in name]
+    for name in given:
+        config = configure(room, tmp_path / name, eval_with_do_generation=True, metric_for_best_model=name)
+        assert read_settings([config])["metric_for_best_model"] == name
+    assert {"eval_loss", "eval_token_accuracy", "eval_exact_match"} <= set(given)
 
 
 def test_the_log_and_the_predictions(lora_run):

@@ -179,6 +179,12 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"model_name_or_path": None}, ["model_name_or_path", "missing"]),
         ({"output_dir": None}, ["output_dir", "missing"]),
         ({"do_train": False}, ["do_train", "do_eval"]),
+        ({"metric_for_best_model": "accuracy"}, ["metric_for_best_model", "'accuracy'", "loss", "token_accuracy"]),
+        ({"metric_for_best_model": "eval_exact_match"}, ["metric_for_best_model", "eval_with_do_generation"]),
+        (
+            {"metric_for_best_model": "token_accuracy", "prediction_loss_only": True},
+            ["metric_for_best_model", "expected one of loss"],
+        ),
         ({"benchmark": True, "do_train": False, "do_eval": True}, ["benchmark", "do_train"]),
         ({"benchmark": True, "do_train": None, "do_predict": True}, ["benchmark", "do_train"]),
     ],
