@@ -38,7 +38,13 @@ def run(argv: Sequence[str]) -> int:
     settings["device"] = check_device(settings)
     file = configuration_file(argv)
     entries = parse_dataset_key(settings["dataset"], file.parent if file else None)
-    data_files = [path for split in entries.values() for entry in split for path in entry.data_files]
+    data_files = [
+        path
+        for split in entries.values()
+        for entry in split
+        for path in (*entry.data_files, entry.chat_template)
+        if path is not None
+    ]
     plan = plan_run(settings, data_files)
     if plan.action == "done":
         logger.info(

@@ -78,7 +78,8 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
 
     A folder that holds an unfinished run is gone on with. ``overwrite_output_dir`` lets a run begin in a folder that
     holds another run, a finished one or other files; an unfinished run with the same settings and data is still gone
-    on with, since that is the same command started again (``resume_from_checkpoint: false`` begins afresh).
+    on with, since that is the same command started again (``resume_from_checkpoint: false`` begins afresh). A finished
+    one is done only as long as the weights that it read are the same files; an unfinished one goes on in any case.
 
     A run that saves no model (evaluation alone, a benchmark) takes no weights away, and isn't recorded in the place of
     one that does.
@@ -125,15 +126,19 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
                 f"resume_from_checkpoint is false, but output_dir {folder} holds a run; set overwrite_output_dir to true."
             )
         return RunPlan("start", stale=stale)
-    same = not changed_keys(run["settings"], settings) and run.get("data") == fingerprint_data(data_files)
+    changed = changed_keys(run["settings"], settings)
+    same = not changed and run.get("data") == fingerprint_files(data_files)
     if overwrite and not (same and run["status"] == "running"):
         return RunPlan("start", stale=stale)
     if run["status"] == "complete":
-        if same:
+        weights = fingerprint_files(_weight_files(settings))
+        if same and (not weights or run.get("weights", weights) == weights):
             return RunPlan("done")
+        further = ", or resume_from_checkpoint to true to train it further" if saves_model(settings) else ""
+        other = "settings" if changed else "data or weights"
         raise UserError(
-            f"output_dir names {folder}, which holds a finished run with other settings; name another folder, set "
-            "overwrite_output_dir to true, or resume_from_checkpoint to true to train it further."
+            f"output_dir names {folder}, which holds a finished run with other {other}; "
+            f"name another folder, or set overwrite_output_dir to true{further}."
         )
     checkpoint = find_checkpoint(folder) if saves_model(run["settings"]) else None
     if checkpoint is None:
@@ -218,8 +223,18 @@ def _later_checkpoints(folder: Path, checkpoint: Path) -> tuple:
     return tuple(path for later, path in _checkpoints(folder) if later > step)
 
 
-def fingerprint_data(files: Sequence[Path]) -> List[List[Any]]:
-    """Name, size and time of change of each data file: whether a run started again sees the same rows."""
+def _weight_files(settings: Dict[str, Any]) -> List[Path]:
+    """Files that the run reads weights from, where folders or files of this machine are named."""
+    found: List[Path] = []
+    keys = ("model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter")
+    for path in [Path(settings[key]).expanduser() for key in keys if settings.get(key)]:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [file for file in inside if file.suffix in (".safetensors", ".bin", ".pdparams", ".gguf")]
+    return [file for file in found if file.is_file()]
+
+
+def fingerprint_files(files: Sequence[Path]) -> List[List[Any]]:
+    """Name, size and time of change of each file: whether a run started again reads the same."""
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, files)]
 
 
@@ -241,7 +256,8 @@ def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files:
             remove_checkpoint(path)
         else:
             path.unlink()
-    write_json(folder / RUN_FILE, {"status": "running", "settings": settings, "data": fingerprint_data(data_files)})
+    data, weights = fingerprint_files(data_files), fingerprint_files(_weight_files(settings))
+    write_json(folder / RUN_FILE, {"status": "running", "settings": settings, "data": data, "weights": weights})
 
 
 def finish_run(folder: Path) -> None:

@@ -663,6 +663,22 @@ def test_the_template_of_the_data_is_the_one_that_the_result_is_asked_with(room,
     assert not (tmp_path / "known" / "chat_template.json").exists()
 
 
+def test_another_content_of_the_template_is_another_run(room, tmp_path, capsys):
+    texts = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"]}
+    entry = {
+        "data_files": str(room / "data" / "eval.json"),
+        "chat_template": chat_template(tmp_path, "t.json", **texts),
+    }
+    config = configure(room, tmp_path / "out", dataset={"eval": [entry]}, do_train=False, do_eval=True)
+    assert main([config]) == 0
+    before = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
+    assert main([config]) == 0
+    chat_template(tmp_path, "t.json", system="Be brief. ", **texts)
+    assert main([config]) == 1 and "data or weights" in capsys.readouterr().err
+    assert main([config, "--overwrite_output_dir"]) == 0
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] != before
+
+
 def test_a_model_without_a_projector_gets_a_new_one_to_align(room, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(room / "base", bare)

@@ -104,6 +104,31 @@ def test_other_data_are_another_run(tmp_path):
     assert plan_run(given, [data]).action == "start"
 
 
+def test_a_finished_run_is_done_while_its_weights_are_the_same(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"first")
+    given = run(tmp_path, finished=True, model_name_or_path=str(model), do_train=False, do_eval=True)
+    assert plan_run(given).action == "done"
+    (model / "notes.txt").write_text("read by nobody")
+    assert plan_run(given).action == "done"
+    (model / "model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(UserError, match="a finished run with other data or weights; name another folder"):
+        plan_run(given)
+    assert plan_run({**given, "overwrite_output_dir": True}).action == "start"
+    (model / "model.safetensors").unlink()  # a stage before this one that was tidied up
+    assert plan_run(given).action == "done"
+
+
+def test_an_unfinished_run_goes_on_though_its_model_was_fetched_again(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    given = run(tmp_path, steps=(10,), model_name_or_path=str(model), overwrite_output_dir=True)
+    os.utime(model / "model.safetensors", (1, 1))
+    assert plan_run(given).action == "resume"
+
+
 def test_resuming_can_be_asked_for_and_forbidden(tmp_path):
     given = run(tmp_path, steps=(10, 20, 30))
     first = tmp_path / "out" / "checkpoint-10"
