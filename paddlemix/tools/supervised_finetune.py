@@ -389,14 +389,16 @@ def work(trainer: Any, plan: Any) -> int:
             logger.warning("Stopped at step %d; %s.", trainer.state.global_step, then)
             return 128 + (trainer.stopper.signal_number or 0)
         results["train"] = output.metrics
+        if args.benchmark:
+            benchmark(trainer, results["train"])
+        else:
+            trainer.save_model()  # before the evaluation, whose data may turn out bad
+            if args.should_save:
+                logger.info("Trained model: %s", folder)
     if args.do_eval:
         results["eval"] = trainer.last_evaluation or trainer.evaluate()
     if args.do_predict:
         results["predict"] = trainer.write_predictions()
-    if args.benchmark:
-        benchmark(trainer, results["train"])
-    elif args.do_train:
-        trainer.save_model()
     if args.should_save:
         for name, metrics in results.items():
             write_json(folder / f"{name}_results.json", metrics)
@@ -404,8 +406,6 @@ def work(trainer: Any, plan: Any) -> int:
             plot_loss(folder)
         if plan.recorded:
             finish_run(folder)
-        if args.do_train and not args.benchmark:
-            logger.info("Trained model: %s", folder)
     return 0
 
 

@@ -8,9 +8,10 @@ from paddle.io import BatchSampler, Dataset
 
 from paddlemix.datasets.parallel import BatchLoader
 from paddlemix.datasets.samplers import Unlabelled
+from paddlemix.errors import UserError
 from paddlemix.models.llava.constants import IGNORE_INDEX
 
-__all__ = ["GlobalBatchLoader", "WithoutLabels", "count_supervised"]
+__all__ = ["GlobalBatchLoader", "UnreadableBatch", "WithoutLabels", "count_supervised"]
 
 COUNT_KEY = "supervised_tokens"
 
@@ -18,6 +19,10 @@ COUNT_KEY = "supervised_tokens"
 def count_supervised(labels: Any) -> int:
     """Labels [B, T] that a loss is taken at; the first of a row is predicted from nothing."""
     return int((np.asarray(labels)[:, 1:] != IGNORE_INDEX).sum())
+
+
+class UnreadableBatch(UserError):
+    """The next batch can't be read; the model is as the last whole step left it."""
 
 
 class GlobalBatchLoader:
@@ -72,13 +77,16 @@ class GlobalBatchLoader:
             num_workers=self.num_workers,
         )
         window = []
-        for batch in loader:
-            window.append(batch)
-            if len(window) == self.accumulation_steps:
-                total = self.all_ranks_sum(sum(count_supervised(held["labels"]) for held in window))
-                for held in window:
-                    yield {**held, COUNT_KEY: max(total, 1)}
-                window = []
+        try:
+            for batch in loader:
+                window.append(batch)
+                if len(window) == self.accumulation_steps:
+                    total = self.all_ranks_sum(sum(count_supervised(held["labels"]) for held in window))
+                    for held in window:
+                        yield {**held, COUNT_KEY: max(total, 1)}
+                    window = []
+        except UserError as error:
+            raise UnreadableBatch(str(error)) from error
 
 
 class WithoutLabels(Dataset):

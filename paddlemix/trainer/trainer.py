@@ -28,7 +28,7 @@ from paddlemix.datasets.samplers import GlobalBatchSampler, ModalityLengthSample
 from paddlemix.errors import UserError
 from paddlemix.models.llava.linear import bfloat16_products
 from paddlemix.trainer.arguments import FinetuneArguments
-from paddlemix.trainer.batches import COUNT_KEY, GlobalBatchLoader, WithoutLabels
+from paddlemix.trainer.batches import COUNT_KEY, GlobalBatchLoader, UnreadableBatch, WithoutLabels
 from paddlemix.trainer.callbacks import LogFileCallback, MetricsFileCallback, ProgressCallback, StopCallback
 from paddlemix.trainer.evaluation import evaluate_answers, evaluate_loss
 from paddlemix.trainer.freezing import named_model_parameters, part_of
@@ -427,11 +427,14 @@ class LlavaTrainer(Trainer):
                 resume_from_checkpoint,
                 ignore_keys_for_eval,
             )
-        except UserError:
-            # a signal to the whole process group ends the processes that read the data, too
-            if self.stopper.signal_number is None or self._running_loss is None or args.world_size > 1:
+        except UnreadableBatch:
+            if self._running_loss is None or args.world_size > 1:
                 raise
             self._save_checkpoint(model)
+            # a signal to the whole process group ends the processes that read the data, too
+            if self.stopper.signal_number is None:
+                self._tell_saved()
+                raise
             self.stopper.stopped = True
             self.control = self.callback_handler.on_train_end(args, self.state, self.control)
             output = TrainOutput(self.state.global_step, float("nan"), {})
@@ -454,6 +457,22 @@ class LlavaTrainer(Trainer):
             super()._maybe_log_save_evaluate(tr_loss, model, epoch, ignore_keys_for_eval, **kwargs)
         except _Stop:
             self._save_for_later_evaluation(model)
+        except UserError:  # of the evaluation: the step itself is done
+            if self.args.world_size > 1:
+                raise
+            if self.stopper.signal_number is not None:
+                self._save_for_later_evaluation(model)
+                return
+            self._save_checkpoint(model, evaluation_pending=True)
+            self._tell_saved()
+            raise
+
+    def _tell_saved(self) -> None:
+        if not self.args.benchmark:
+            logger.warning(
+                "Step %d is saved; when the data are mended, resume_from_checkpoint true goes on from there.",
+                self.state.global_step,
+            )
 
     def _save_for_later_evaluation(self, model) -> None:
         """A signal came while, or before, this step was evaluated: the evaluation is made when the run goes on."""

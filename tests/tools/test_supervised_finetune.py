@@ -512,6 +512,71 @@ def test_a_missing_picture_is_told_before_training(room, tmp_path, capsys):
     assert "train.json:1" in error and "gone.png" in error and not (tmp_path / "out").exists()
 
 
+def cut_short(picture):
+    """The file's beginning, which tells the picture's size but doesn't hold all of it."""
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) - 40])
+    return whole
+
+
+def bad_row(room, folder, rows, number):
+    """Data of which one row has a picture of its own, and that picture."""
+    shutil.copytree(room / "data", folder)
+    listed = json.loads((folder / "train.json").read_text())[:rows]
+    listed[number] = {"image": "own.png", "conversations": [["<image>\nWhich colour?", "red"]]}
+    (folder / "train.json").write_text(json.dumps(listed))
+    shutil.copyfile(folder / "red.png", folder / "own.png")
+    return folder / "own.png"
+
+
+def test_a_picture_that_turns_out_broken_loses_no_step(room, tmp_path, capsys):
+    picture = bad_row(room, tmp_path / "data", 8, 1)
+    options = dict(per_device_train_batch_size=1, max_steps=8, save_strategy="no", lora=True)
+    options["dataset"] = {"train": [{"data_files": str(tmp_path / "data" / "train.json")}]}
+    assert run([configure(room, tmp_path / "whole", **options)]) == 0
+    config = configure(room, tmp_path / "cut", **options)
+    whole = cut_short(picture)
+    assert main([config]) == 1
+    assert "own.png" in capsys.readouterr().err.splitlines()[-1]
+    done = [entry["step"] for entry in read_log(tmp_path / "cut" / "train_log.jsonl")]
+    assert 1 <= done[-1] < 8 and (tmp_path / "cut" / f"checkpoint-{done[-1]}" / "checkpoint_complete.json").exists()
+    picture.write_bytes(whole)
+    assert main([config]) == 0
+    log, weights = outcome(tmp_path / "cut")
+    expected_log, expected = outcome(tmp_path / "whole")
+    assert log == expected_log
+    for file, tensors in expected.items():
+        assert all((weights[file][name] == value).all() for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("every", [2, 100], ids=["while training", "after it"])
+def test_a_broken_picture_of_the_evaluation_loses_no_step(room, tmp_path, capsys, every):
+    picture = bad_row(room, tmp_path / "data", 4, 1)
+    data = with_eval(room)
+    data["eval"] = [{"data_files": str(tmp_path / "data" / "train.json")}]
+    config = configure(
+        room,
+        tmp_path / "out",
+        dataset=data,
+        save_strategy="no",
+        do_eval=True,
+        evaluation_strategy="steps",
+        eval_steps=every,
+    )
+    whole = cut_short(picture)
+    assert main([config]) == 1
+    assert "own.png" in capsys.readouterr().err.splitlines()[-1]
+    if every > 4:
+        assert answer(tmp_path / "out", room)[1].shape[-1] == 264
+        return
+    assert (tmp_path / "out" / "checkpoint-2" / "checkpoint_complete.json").exists()
+    picture.write_bytes(whole)
+    assert main([config]) == 0
+    log = read_log(tmp_path / "out" / "train_log.jsonl")
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+
+
 # as processes
 
 
