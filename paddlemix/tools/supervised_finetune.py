@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     plan = plan_run(settings, data_files)
     if plan.action == "done":
         logger.info(
-            "The run in %s is complete; set overwrite_output_dir to true to train again.", settings["output_dir"]
+            "The run in %s is complete; set overwrite_output_dir to true to begin it again.", settings["output_dir"]
         )
         return 0
     args = FinetuneArguments(**settings)
