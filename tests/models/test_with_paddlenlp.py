@@ -127,7 +127,8 @@ def test_keywords_win_over_the_config(model):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "setting", [{"no_repeat_ngram_size": 2}, {"forced_eos_token_id": 3}, {"trunc_input": False}, {"diversity_rate": 0.5}]
+    "setting",
+    [{"no_repeat_ngram_size": 2}, {"forced_eos_token_id": 3}, {"trunc_input": False}, {"diversity_rate": 0.5}],
 )
 def test_what_is_not_built_is_refused(model, setting):  # noqa: F811
     (name,) = setting
