@@ -62,7 +62,8 @@ def run(argv: Sequence[str]) -> int:
     if args.device == "cpu" and any(kind.value in ("stage2", "stage3") for kind in args.sharding):
         raise UserError(f"sharding is {settings['sharding']!r}, which Paddle has on GPUs only; on CPUs use stage1.")
     parts = build(args, settings, entries, plan)
-    begin(args, settings, plan, data_files)
+    before = begin(args, settings, plan, data_files)
+    from paddlemix.trainer.run_folder import record_run
     from paddlemix.trainer.trainer import LlavaTrainer
 
     trainer = LlavaTrainer(
@@ -72,7 +73,12 @@ def run(argv: Sequence[str]) -> int:
         eval_dataset=parts.get("eval"),
         processor=parts["processor"],
     )
-    return work(trainer, plan)
+    try:
+        return work(trainer, plan)
+    except UserError:
+        if before is not None and not trainer.has_trained and args.should_save:
+            record_run(Path(args.output_dir), before)  # so that the command that it holds can still go on
+        raise
 
 
 def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], plan: Any) -> Dict[str, Any]:
@@ -351,23 +357,25 @@ def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: 
         )
 
 
-def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[Path]) -> None:
-    """The first thing that is written."""
+def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[Path]) -> Optional[Dict[str, Any]]:
+    """The first thing that is written; gives what the folder said of the run that is gone on with."""
     import paddle.distributed as dist
 
     from paddlemix.trainer.arguments import SECRETS
-    from paddlemix.trainer.run_folder import begin_run, changed_keys, recorded_settings
+    from paddlemix.trainer.run_folder import begin_run, changed_keys, read_run
 
-    folder = Path(args.output_dir)
+    folder, before = Path(args.output_dir), None
     settings = {key: value for key, value in settings.items() if key not in SECRETS}
     if plan.action == "resume":
-        changed = changed_keys(recorded_settings(folder) or settings, settings)
+        before = read_run(folder)
+        changed = changed_keys(before["settings"] if before else settings, settings)
         if changed and args.should_log:
             logger.warning("Going on with other settings than the run began with: %s.", ", ".join(changed))
     if args.should_save:
         begin_run(folder, settings, plan, data_files)
     if args.world_size > 1:
         dist.barrier()
+    return before
 
 
 def work(trainer: Any, plan: Any) -> int:

@@ -96,7 +96,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"output_dir names {folder}, but nothing can be written to {there}.")
     held = sorted(path for path in folder.iterdir() if not path.name.startswith(PARTIAL)) if folder.exists() else []
-    run = _read_run(folder)
+    run = read_run(folder)
     if held and run is None and not overwrite:
         raise UserError(
             f"output_dir names {folder}, which holds {held[0].name} and no run of this tool; name an empty folder or "
@@ -257,22 +257,21 @@ def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files:
         else:
             path.unlink()
     data, weights = fingerprint_files(data_files), fingerprint_files(_weight_files(settings))
-    write_json(folder / RUN_FILE, {"status": "running", "settings": settings, "data": data, "weights": weights})
+    record_run(folder, {"status": "running", "settings": settings, "data": data, "weights": weights})
 
 
 def finish_run(folder: Path) -> None:
     """Marks the run as complete; only then is its folder no longer one to resume."""
-    run = _read_run(folder) or {"settings": {}}
-    write_json(folder / RUN_FILE, {**run, "status": "complete"})
+    record_run(folder, {**(read_run(folder) or {"settings": {}}), "status": "complete"})
 
 
-def recorded_settings(folder: Path) -> Optional[Dict[str, Any]]:
-    """Settings of the run that ``folder`` holds; None if it holds none."""
-    run = _read_run(folder)
-    return run["settings"] if run else None
+def record_run(folder: Path, run: Dict[str, Any]) -> None:
+    """Makes the folder say ``run`` of the run that it holds."""
+    write_json(folder / RUN_FILE, run)
 
 
-def _read_run(folder: Path) -> Optional[Dict[str, Any]]:
+def read_run(folder: Path) -> Optional[Dict[str, Any]]:
+    """What ``folder`` says of the run that it holds: status, settings and more; None if it holds none."""
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         return run if isinstance(run.get("settings"), dict) and isinstance(run.get("status"), str) else None

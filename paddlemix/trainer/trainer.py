@@ -147,6 +147,11 @@ class LlavaTrainer(Trainer):
         return self.stopper.stopped
 
     @property
+    def has_trained(self) -> bool:
+        """A step was made since this trainer was built."""
+        return self._running_loss is not None
+
+    @property
     def last_evaluation(self) -> Optional[Dict[str, float]]:
         """What ``evaluate`` gave for the model as it is now; None if it hasn't been evaluated."""
         current = self._evaluated_at == self.state.global_step and not self._loaded_best

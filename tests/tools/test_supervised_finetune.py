@@ -339,6 +339,18 @@ def test_a_finished_run_is_not_trained_again(room, tmp_path, caplog):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
 
 
+def test_a_resumption_that_fails_leaves_the_run_to_its_own_command(room, tmp_path, capsys):
+    config = configure(room, tmp_path / "out", max_steps=2, save_steps=2, overwrite_output_dir=True)
+    assert run([config]) == 0
+    before = contents(tmp_path / "out")
+    assert main([config, "--max_steps", "4", "--resume_from_checkpoint", "true", "--optim", "adamw_mini"]) == 1
+    assert "optim" in capsys.readouterr().err
+    after = contents(tmp_path / "out")
+    assert {name for name in before if after.get(name) != before[name]} == set()
+    assert run([config, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert [entry["step"] for entry in read_log(tmp_path / "out" / "train_log.jsonl") if "loss" in entry] == [1, 2, 3]
+
+
 def contents(folder):
     """Every file of a folder, with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
