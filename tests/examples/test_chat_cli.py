@@ -243,6 +243,7 @@ def test_a_refusal_is_quick_and_needs_no_installation(tmp_path, environment):
         (["--colour", "red"], ["--colour"]),
         (["--conv-mode", "vicuna_v9"], ["vicuna_v9", *conv_templates]),
         (["--lora-path", "nowhere"], ["--lora-path", "nowhere", "no folder"]),
+        (["--lora-path", "."], ["--lora-path", "has no lora_config.json"]),
         (["--image-file", "nowhere.png"], ["nowhere.png", "doesn't exist"]),
         (["--image-file", "ftp://host/cat.png"], ["ftp", "http"]),
         (["--image-file", __file__], ["test_chat_cli.py", "not a picture"]),

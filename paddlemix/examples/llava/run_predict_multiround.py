@@ -207,8 +207,9 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
         if args.conv_mode not in conv_templates:
             raise UserError(f"--conv-mode is {args.conv_mode!r}; expected one of {', '.join(conv_templates)}.")
     adapter = Path(args.lora_path).expanduser() if args.lora_path is not None else None
-    if adapter is not None and not adapter.is_dir():
-        raise UserError(f"--lora-path is {args.lora_path!r}, which is no folder; expected that of a LoRA adapter.")
+    if adapter is not None and not (adapter / "lora_config.json").is_file():
+        lack = "has no lora_config.json" if adapter.is_dir() else "is no folder"
+        raise UserError(f"--lora-path is {args.lora_path!r}, which {lack}; expected the folder of a LoRA adapter.")
     from paddlemix.models.llava.hub import resolve
 
     image = None
