@@ -68,20 +68,27 @@ class SentencePieceEngine:
             LLaVA training), instead of before the text only.
         named: the contents of bos, eos, … and the additional special tokens; before one of these, text that is not
             legacy starts without the space.
+        spaced: False leaves out the space before the text (``add_prefix_space``), which legacy text has anyway.
 
     Raises:
         ValueError: the bytes are no sentencepiece model.
     """
 
-    drops_first_space = True
-
-    def __init__(self, proto: bytes, added: Dict[int, AddedToken], legacy: bool, named: frozenset = frozenset()):
-        self.proto, self.added, self.legacy, self.special = proto, added, legacy, named
+    def __init__(
+        self,
+        proto: bytes,
+        added: Dict[int, AddedToken],
+        legacy: bool,
+        named: frozenset = frozenset(),
+        spaced: bool = True,
+    ):
+        self.proto, self.added, self.legacy, self.special, self.spaced = proto, added, legacy, named, spaced
         self._start()
 
     def _start(self) -> None:
         import sentencepiece
 
+        self.drops_first_space = self.legacy or self.spaced
         try:
             processor = sentencepiece.SentencePieceProcessor(
                 model_proto=self.proto if self.legacy else _without_dummy_prefix(self.proto)
@@ -106,7 +113,7 @@ class SentencePieceEngine:
         self._mark_length = 0 if self.legacy else len(processor.encode(self._mark))
 
     def __getstate__(self):
-        return {"proto": self.proto, "added": self.added, "legacy": self.legacy, "special": self.special}
+        return {name: getattr(self, name) for name in ("proto", "added", "legacy", "special", "spaced")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -117,7 +124,9 @@ class SentencePieceEngine:
             return [], []
         shift = 0
         if not self.legacy:
-            text, shift = SPACE + text.replace(SPACE, " "), 1
+            text = text.replace(SPACE, " ")
+            if self.spaced:
+                text, shift = SPACE + text, 1
         ids, spans = [], []
         for chunk, start, added in self._split(text):
             if added is not None:
@@ -127,7 +136,7 @@ class SentencePieceEngine:
                 chunk_ids, chunk_spans = self._encode_chunk(chunk)
                 ids += chunk_ids
                 spans += [(start + first, start + last) for first, last in chunk_spans]
-        if shift:
+        if not self.legacy:
             if len(ids) > 1 and ids[0] == self._ids.get(SPACE) and self.token(ids[1]) in self.special:
                 ids, spans = ids[1:], spans[1:]
             spans = [(max(first - shift, 0), max(last - shift, 0)) for first, last in spans]
@@ -604,7 +613,8 @@ def load_tokenizer(folder: Union[str, Path]) -> Tokenizer:
         else:
             legacy = config.get("legacy")
             legacy = legacy is None or bool(legacy)
-            engine = SentencePieceEngine(files[source], added, legacy, frozenset(special))
+            spaced = bool(config.get("add_prefix_space", True))
+            engine = SentencePieceEngine(files[source], added, legacy, frozenset(special), spaced)
             engine = _with_control_tokens(engine, named)
             tokenizer_class = "LlamaTokenizer"
     except ValueError as error:  # UnicodeDecodeError is one
@@ -693,4 +703,4 @@ def _with_control_tokens(engine: SentencePieceEngine, named: Dict[str, Optional[
         if token is not None and token in vocabulary and vocabulary[token] not in added:
             added[vocabulary[token]] = AddedToken(token, special=True)
     special = engine.special | set(engine.named().values())
-    return SentencePieceEngine(engine.proto, added, engine.legacy, special)
+    return SentencePieceEngine(engine.proto, added, engine.legacy, special, engine.spaced)

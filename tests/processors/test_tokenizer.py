@@ -62,6 +62,24 @@ def test_a_folder_that_paddlenlp_has_written(folders, tmp_path):
     assert load_tokenizer(tmp_path / "ours")(TEXTS[1]).input_ids == GOLDEN["legacy"][1]
 
 
+def test_no_space_before_a_text_where_the_file_says_so(folders, tmp_path):
+    """Ids of transformers 4.57's LlamaTokenizer."""
+    folder = llama2_tokenizer_folder(tmp_path / "t", legacy=False)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "add_prefix_space": False}))
+    tokenizer = pickle.loads(pickle.dumps(load_tokenizer(folder)))
+    expected = {
+        "USER: hi": [1, 11889, 29901, 7251],
+        "[INST] Q": [1, 29961, 25580, 29962, 660],
+        " two": [1, 1023],
+    }
+    for text, ids in expected.items():
+        assert tokenizer(text).input_ids == ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        spans = encode_with_offsets(tokenizer, text)[1]
+        assert spans[0][0] == 0 and spans[-1][1] == len(text)
+
+
 ALL = [*KINDS, *(f"{name}_added" for name in KINDS), "both", "byte_level"]
 
 
