@@ -150,6 +150,18 @@ def test_placeholders_among_labels_are_not_trained(model):
     assert float(loss) == float(model(ids, pixel_values=picture(), labels=expected).loss)
 
 
+def test_a_sliding_window_is_not_passed_in_silence(tmp_path):
+    model = build(sliding_window=12)
+    assert model(paddle.ones([1, 12], "int64")).logits.shape == [1, 12, 50]
+    with pytest.raises(UserError, match="13 tokens, but this model attends to a sliding window of 12"):
+        model(paddle.ones([1, 13], "int64"))
+    assert model.generate(paddle.ones([1, 4], "int64"), max_new_tokens=8, eos_token_id=[])[0].shape == [1, 8]
+    with pytest.raises(UserError, match="4 tokens and up to 9 new ones .max_new_tokens., but .* window of 12"):
+        model.generate(paddle.ones([1, 4], "int64"), max_new_tokens=9)
+    model.save_pretrained(tmp_path)
+    assert LlavaConfig.from_pretrained(tmp_path).sliding_window == 12
+
+
 @pytest.mark.parametrize("ask", [lambda model, **given: model(**given), lambda model, **given: model.generate(**given)])
 def test_shapes_that_do_not_fit_are_named(model, ask):
     ids = paddle.to_tensor([PROMPT])

@@ -85,6 +85,8 @@ class LlavaConfig(PretrainedConfig):
         head_dim, rms_norm_eps, rope_theta, rope_scaling, max_position_embeddings, tie_word_embeddings:
             the LLaMA decoder. ``num_key_value_heads`` below ``num_attention_heads`` is grouped-query attention;
             ``rope_scaling`` is ``{"type": "linear" | "dynamic", "factor": f}`` or None.
+        sliding_window (int): tokens that the decoder was made to attend to, as some of Mistral's; longer prompts are
+            refused, since attention isn't cut to it.
         vision_config (dict): the sizes of :class:`CLIPVisionConfig`, or None for a model that takes text only.
         mm_vision_tower (str): name or folder of a separate tower checkpoint (original v1.5 layout).
         mm_vision_select_layer (int): which hidden state of the tower is used; negative counts from the last.
@@ -117,6 +119,7 @@ class LlavaConfig(PretrainedConfig):
         rope_theta: float = 10000.0,
         rope_scaling: Optional[Dict[str, Any]] = None,
         max_position_embeddings: int = 4096,
+        sliding_window: Optional[int] = None,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         bos_token_id: Optional[int] = 1,
@@ -160,6 +163,7 @@ class LlavaConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
         self.max_position_embeddings = max_position_embeddings
+        self.sliding_window = sliding_window
         self.initializer_range = initializer_range
         self.vision_config = asdict(CLIPVisionConfig.from_dict(vision_config)) if vision_config is not None else None
         self.mm_vision_tower = mm_vision_tower

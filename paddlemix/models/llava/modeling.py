@@ -336,8 +336,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         loss = F.cross_entropy(label_logits.astype("float32"), label_ids, reduction=loss_reduction)
         return LlavaOutput([loss, logits], hidden_states=hidden, label_logits=label_logits, label_ids=label_ids)
 
-    @staticmethod
-    def _check_prompts(input_ids: paddle.Tensor, attention_mask: Optional[paddle.Tensor]) -> None:
+    def _check_prompts(
+        self, input_ids: paddle.Tensor, attention_mask: Optional[paddle.Tensor], new_tokens: int = 0
+    ) -> None:
         if input_ids is None or len(input_ids.shape) != 2 or input_ids.size == 0:
             shape = None if input_ids is None else list(input_ids.shape)
             raise UserError(f"input_ids has the shape {shape}; expected [B, T], with at least one token.")
@@ -345,6 +346,13 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             raise UserError(
                 f"attention_mask has the shape {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}; "
                 "expected the same."
+            )
+        tokens, window = input_ids.shape[1], self.config.sliding_window
+        if window is not None and tokens + new_tokens > window:
+            answer = f" and up to {new_tokens} new ones (max_new_tokens)" if new_tokens else ""
+            raise UserError(
+                f"the prompt has {tokens} tokens{answer}, but this model attends to a sliding window of {window}, beyond "
+                "which it can't be computed here; ask for less."
             )
 
     # generation
@@ -409,7 +417,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         settings = GenerationSettings.build(self.config, generation_config or self.generation_config, kwargs)
         if streamer is not None and settings.decode_strategy == "beam_search":
             raise UserError("a streamer can't follow beam_search, which changes its mind; leave one of them out.")
-        self._check_prompts(input_ids, attention_mask)
+        self._check_prompts(input_ids, attention_mask, settings.max_new_tokens)
         if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
             raise UserError("the prompts are padded on the right; pad on the left to generate (LlavaProcessor does).")
         training = self.training

@@ -147,11 +147,13 @@ def _decoder(raw: Mapping[str, Any], path: Path, mistral: bool, defaults: Mappin
     if isinstance(scaling, dict):
         kind = scaling.get("type", scaling.get("rope_type"))
         values["rope_scaling"] = None if kind in (None, "default") else {"type": kind, "factor": scaling.get("factor")}
-    window = values.pop("sliding_window", None) if mistral else None
-    if window and window < values["max_position_embeddings"]:
+    ours = "conversation_template" in raw
+    window = values.pop("sliding_window", None) if mistral else raw.get("sliding_window") if ours else None
+    if window and window <= values["max_position_embeddings"]:
         # within the window, windowed and full attention are the same
-        logger.info("%s: the context is limited to the sliding window of %d tokens.", path, window)
-        values["max_position_embeddings"] = window
+        if not ours:
+            logger.info("%s: the context is limited to the sliding window of %d tokens.", path, window)
+        values["max_position_embeddings"] = values["sliding_window"] = window
     if "pad_token_id" in raw:
         values["pad_token_id"] = raw["pad_token_id"]
     dtype = raw.get("dtype") or raw.get("torch_dtype")
