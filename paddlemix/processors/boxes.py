@@ -17,6 +17,7 @@ _NUMBER = r"-?(?:\d+\.\d*|\.\d+|\d+)"
 _GAP = r"(?:\s*[,;，；、]\s*|\s+)"
 # a list of numbers in brackets, also a pair of corners: [a, b, c, d], (a, b), (c, d)
 _RUN = re.compile(rf"(?<![\w.%]){_NUMBER}(?:[\])]?{_GAP}[\[(]?{_NUMBER})*(?!\.?\w|%|°)")
+_LIST_NUMBER = re.compile(r"^[ \t]*\d{1,3}[.)](?=[ \t])", re.MULTILINE)  # the 2. before the second entry of a list
 _BRACKETED = re.compile(rf"[\[(]\s*({_NUMBER}(?:{_GAP}{_NUMBER}){{3}})\s*[,;]?\s*[\])]")
 
 # distinct on photographs, also for most colour-blind eyes (Okabe and Ito)
@@ -27,7 +28,8 @@ def parse_boxes(text: str) -> List[Box]:
     """The boxes in a text, in order.
 
     Four numbers in brackets are a box, and so is a bare run of four, eight, … numbers of which one at least has a
-    decimal point. Numbers outside 0..1 (pixels, say) and corners in the wrong order are no box.
+    decimal point. Numbers outside 0..1 (pixels, say) and corners in the wrong order are no box; the number before an entry
+    of a list isn't part of one.
 
     >>> parse_boxes("The cat is at [0.23, 0.33, 0.79, 0.78].")
     [(0.23, 0.33, 0.79, 0.78)]
@@ -44,7 +46,8 @@ def parse_boxes(text: str) -> List[Box]:
         add(match.start(), re.findall(_NUMBER, match[1]))
         return "|" * len(match[0])  # keeps the places of the rest, and parts what stood around it
 
-    rest = _BRACKETED.sub(take_bracketed, text)
+    rest = _LIST_NUMBER.sub(lambda match: "|" * len(match[0]), text)
+    rest = _BRACKETED.sub(take_bracketed, rest)
     for match in _RUN.finditer(rest):
         numbers = re.findall(_NUMBER, match[0])
         if len(numbers) % 4 == 0 and any("." in number for number in numbers):
