@@ -35,6 +35,13 @@ class TokenLabels(NamedTuple):
     labels: List[int]
     round_ends: List[int]
 
+    def prompt(self, turn: int) -> List[int]:
+        """The ids before what is learned of answer ``turn``, the answers before it included."""
+        begin = self.round_ends[turn - 1] if turn else 0
+        end = self.round_ends[turn]
+        learned = (place for place in range(begin, end) if self.labels[place] != IGNORE_INDEX)
+        return self.input_ids[: next(learned, end)]
+
 
 def wrap_images(text: str) -> str:
     """``<im_start><image><im_end>`` for every ``<image>`` (a checkpoint with ``mm_use_im_start_end``)."""

@@ -3,8 +3,8 @@
     python paddlemix/tools/evaluate.py --model_name_or_path M --data_file test.json --output_file predictions.jsonl
 
 The file is any that fine-tuning takes. Each assistant turn of a row is a question to the model, with the row's own answers
-as the history; the answer is generated greedily. Two keys of a row are read besides (one entry per assistant turn, or one
-for all of them):
+as the history; the answer is generated greedily. Two keys of a row are read besides (one entry per assistant turn; one
+text as ``question_type`` is that of all):
 
     "question_type": "color"                       the line of the table in which the turn counts
     "facts": [["red circle", "blue star"], null]   phrases that a description should name; null: another score
@@ -17,6 +17,7 @@ VQA challenge.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections import defaultdict
 from functools import lru_cache
@@ -82,7 +83,10 @@ def _per_turn(row: Dict[str, Any], key: str, count: int, kind: type, default: An
     value = row.get(key, default)
     if value is None or isinstance(value, str):
         value = [value] * count
-    if not isinstance(value, list) or len(value) != count or not all(v is None or isinstance(v, kind) for v in value):
+    fits = isinstance(value, list) and len(value) == count and all(v is None or isinstance(v, kind) for v in value)
+    if fits and kind is list:
+        fits = all(isinstance(fact, str) for facts in value if facts for fact in facts)
+    if not fits:
         raise UserError(f"{key!r} is {value!r:.60}; expected one entry for each of the {count} assistant turn(s).")
     return [default if entry is None else entry for entry in value]
 
@@ -112,7 +116,8 @@ def predict(
     blank_image: bool = False,
     progress: bool = True,
 ) -> Iterator[Tuple[int, str]]:
-    """Yields (index in ``turns``, the model's answer), a batch at a time.
+    """Yields (index in ``turns``, the model's answer), a batch at a time. What the model reads is what training shows it
+    before the answer.
 
     Args:
         image_folder: what relative paths of pictures are relative to.
@@ -137,19 +142,29 @@ def predict(
         return str(image_folder / source) if is_path else source
 
     template = get_template(conv_mode) if conv_mode else processor.template
-    prompts = [template.render(turn.messages, add_generation_prompt=True) for turn in turns]
+    lengths = [sum(len(message["content"]) for message in turn.messages) for turn in turns]
     # a picture's questions side by side, as they share a pass over it; else prompts of like length
-    order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), str(turns[i].images[-1:]), len(prompts[i])))
+    order = sorted(range(len(turns)), key=lambda i: (len(turns[i].images), str(turns[i].images[-1:]), lengths[i]))
+    limit, beyond = model.config.max_position_embeddings, 0
     with tqdm(total=len(turns), unit="answer", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = []
             for i in chosen:
-                images = [picture(locate(source)) for source in turns[i].images]
-                batch.append((processor.tokenize_prompt(prompts[i], [image.size for image in images]), images))
+                turn = turns[i]
+                images = [picture(locate(source)) for source in turn.images]
+                messages = [*turn.messages, {"role": "assistant", "content": turn.reference}]
+                ids = processor.encode_messages(messages, [image.size for image in images], template).prompt(turn.turn)
+                beyond += len(ids) + max_new_tokens > limit and not model.config.rope_scaling
+                batch.append((ids, images))
             stops = [template.stop_strings] * len(batch)
             yield from zip(chosen, answer_prompts(model, processor, batch, max_new_tokens, stops))
             bar.update(len(chosen))
+    if beyond:
+        logger.warning(
+            "%d of %d prompts and answers may be longer than the %d positions of the model, beyond which it is of little use.",
+            *(beyond, len(turns), limit),
+        )
 
 
 def evaluate(turns: Sequence[Turn], predictions: Dict[int, str]) -> Dict[str, Dict[str, Any]]:
@@ -228,8 +243,14 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     """Reads, predicts, saves; returns the figures of :func:`evaluate`."""
     turns = read_turns(arguments.data_file, arguments.limit)
-    if arguments.output_file and not Path(arguments.output_file).absolute().parent.is_dir():
-        raise UserError(f"--output_file is {arguments.output_file}, in a folder that doesn't exist.")
+    if arguments.output_file:
+        output = Path(arguments.output_file).absolute()
+        if output.is_dir():
+            raise UserError(f"--output_file is {arguments.output_file}, which is a folder; expected a file.")
+        if not output.parent.is_dir():
+            raise UserError(f"--output_file is {arguments.output_file}, in a folder that doesn't exist.")
+        if not os.access(output if output.exists() else output.parent, os.W_OK):
+            raise UserError(f"--output_file is {arguments.output_file}, which can't be written; name another file.")
     from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
     from paddlemix.models.llava.lean import on_cpu
 
@@ -247,9 +268,13 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
         conv_mode=arguments.conv_mode,
         blank_image=arguments.blank_image,
     )
-    predictions = dict(answers)
-    if arguments.output_file:
-        save_predictions(arguments.output_file, turns, predictions)
+    predictions: Dict[int, str] = {}
+    try:
+        for index, answer in answers:
+            predictions[index] = answer
+    finally:  # a run that is stopped keeps the answers that it has
+        if arguments.output_file and predictions:
+            save_predictions(arguments.output_file, turns, predictions)
     return evaluate(turns, predictions)
 
 
@@ -263,6 +288,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(table(figures))
     return 0
 

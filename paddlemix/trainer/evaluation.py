@@ -11,7 +11,6 @@ from paddlemix.errors import UserError
 from paddlemix.evaluation.answers import answer_prompts
 from paddlemix.evaluation.grounding import find_box, iou, is_box
 from paddlemix.evaluation.vqa import exact_match
-from paddlemix.models.llava.constants import IGNORE_INDEX
 
 __all__ = ["Question", "evaluate_answers", "evaluate_loss", "questions_of", "score_answers"]
 
@@ -114,10 +113,7 @@ def prompt_of(question: Question, dataset: Any, processor: Any) -> Prompt:
     images = [processor.load_image(source) for source in sources]
     sizes = [image.size for image in images]
     template = dataset.template(question.row)
-    encoded = processor.encode_messages(messages, sizes, template)
-    begin = encoded.round_ends[question.turn - 1] if question.turn else 0
-    learned = [i for i in range(begin, encoded.round_ends[question.turn]) if encoded.labels[i] != IGNORE_INDEX]
-    ids = encoded.input_ids[: learned[0] if learned else encoded.round_ends[question.turn]]
+    ids = processor.encode_messages(messages, sizes, template).prompt(question.turn)
     place = [i for i, message in enumerate(messages) if message["role"] == "assistant"][question.turn]
     return Prompt(
         input_ids=ids,

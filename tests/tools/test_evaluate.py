@@ -127,6 +127,26 @@ def test_a_checkpoint_is_asked_with_the_chat_template_beside_it(checkpoint, data
     assert status == 0 and record["prediction"] == processor.decode(ids[0].tolist()).strip()
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "v1_mmtag", "plain"])
+def test_the_model_reads_what_training_shows_it(checkpoint, data, template):
+    """A picture in the middle or at the end of a question goes to its beginning, marks of the template around it."""
+    import paddle
+
+    from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
+
+    model, processor = LlavaLlamaForCausalLM.from_pretrained(checkpoint), LlavaProcessor.from_pretrained(checkpoint)
+    questions = ["<image>\nWhat is this?", "What is this?\n<image>", "<image>What is this?"]
+    rows = [{"image": str(data / "noise.png"), "conversations": [[question, "A cat."]]} for question in questions]
+    status, records = run(checkpoint, write(data / "test.json", rows), "--conv_mode", template)
+    assert status == 0
+    for row, record in zip(rows, records):
+        sample = processor.encode_conversation(row, template)
+        ids = sample["input_ids"][: next(i for i, label in enumerate(sample["labels"]) if label != -100)]
+        given = {"pixel_values": paddle.to_tensor(sample["pixel_values"]), "max_new_tokens": 5}
+        answer = processor.decode(model.generate(paddle.to_tensor([ids]), **given)[0][0].tolist())
+        assert record["prediction"] and answer.strip().startswith(record["prediction"])
+
+
 def test_a_picture_with_several_questions_is_seen_once(checkpoint, data, monkeypatch):
     from paddlemix import LlavaLlamaForCausalLM
 
@@ -191,12 +211,39 @@ def test_blank_pictures_change_what_is_seen(checkpoint, data):
         ([{"conversations": [["Q", "A"]], "question_type": ["a", "b"]}], [], "question_type"),
         ([{"conversations": [["Q", "A"]]}], ["--batch_size", "0"], "--batch_size is 0"),
         ([{"conversations": [["Q", "A"]]}], ["--conv_mode", "nonsense"], "nonsense"),
+        ([{"conversations": [["Q", "A"]], "facts": [["red", 3]]}], [], "facts"),
+        ([{"conversations": [["Q", "A"]]}], ["--output_file", "."], "which is a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(checkpoint, data, capsys, rows, more, sentence):
     status, _ = run(checkpoint, write(data / "bad.json", rows), *more)
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(message) == 1 and sentence in message[0]
+
+
+def test_an_evaluation_that_is_stopped_keeps_its_answers(checkpoint, data, monkeypatch, capsys):
+    """Ctrl-C while the second batch is answered."""
+    from paddlemix.evaluation import answers
+
+    asked, original = [], answers.answer_prompts
+
+    def interrupted(*given):
+        asked.append(given)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(answers, "answer_prompts", interrupted)
+    file = write(data / "test.json", rows_with(["a", "b", "c", "d"]))
+    status, _ = run(checkpoint, file, "--batch_size", "1")
+    assert status == 130 and capsys.readouterr().err.rstrip().endswith("stopped")
+    assert len(open(f"{file}.out.jsonl", encoding="utf-8").readlines()) == 1
+
+
+def test_prompts_beyond_the_models_positions_are_told(checkpoint, data, caplog):
+    file = write(data / "test.json", [{"conversations": [["a " * 4200, "b"]]}, {"conversations": [["a", "b"]]}])
+    status, _ = run(checkpoint, file)
+    assert status == 0 and "1 of 2 prompts and answers may be longer than the 4096 positions" in caplog.text
 
 
 def test_a_limit_takes_the_first_rows(checkpoint, data):
