@@ -22,6 +22,7 @@ from PIL import Image
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import select_best_resolution
+from paddlemix.processors.images import MAX_PIXELS
 
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from paddlemix.models.llava.configuration import LlavaConfig
@@ -49,6 +50,15 @@ SETTINGS = (
 
 Box = Sequence[float]
 Frame = Tuple[float, float, float, float]
+
+
+def _check_area(image: Image.Image, width: int, height: int) -> None:
+    """Refuses to blow a very thin picture up to what no picture may have."""
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"a picture of {image.width} x {image.height} pixels is too thin: on its way to the model it would have "
+            f"{width} x {height}; cut it, or scale it down."
+        )
 
 
 class LlavaImageProcessor:
@@ -221,6 +231,7 @@ class LlavaImageProcessor:
         if width == height:
             return image
         side = max(width, height)
+        _check_area(image, side, side)
         square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         return square
@@ -247,7 +258,9 @@ class LlavaImageProcessor:
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
         if self.do_resize:
-            image = image.resize(self._resized(image.size), self.resample)
+            size = self._resized(image.size)
+            _check_area(image, *size)
+            image = image.resize(size, self.resample)
         if self.do_center_crop:
             left, top, width, height = self._crop(image.size)
             image = image.crop((left, top, left + width, top + height))  # what lies outside is black

@@ -416,6 +416,17 @@ def test_the_oldest_rounds_go_and_the_picture_stays(tmp_path):
     assert chat.stats.tower_calls == 1
 
 
+def test_scaled_positions_have_room_for_more(tmp_path):
+    model, processor = chat_models.build(
+        tmp_path, max_position_embeddings=96, rope_scaling={"type": "linear", "factor": 4.0}
+    )
+    chat = LlavaChat(model, processor, temperature=0, max_new_tokens=8)
+    assert chat.context_limit == 384
+    for number in range(3):
+        assert say(chat, f"Question {number}, please?", CAT if number == 0 else None) == from_scratch(chat, [CAT])
+    assert len(chat.rounds) == 3 and len(chat.stats.last.prompt_ids) > 96
+
+
 def test_a_message_that_cannot_fit_is_refused_and_nothing_changes(tmp_path):
     model, processor = chat_models.build(tmp_path, max_position_embeddings=160)
     chat = LlavaChat(model, processor, temperature=0, max_new_tokens=8, on_notice=lambda text: None)

@@ -269,6 +269,13 @@ def test_boxes_mark_the_same_thing_in_the_picture_and_in_pixel_values(mode):
         assert processor.undo_box((x1, y1, x2, y2), size) == pytest.approx(block)
 
 
+@pytest.mark.parametrize("ratio, size", [("square", (1, 2000)), ("pad", (20000, 1))])
+def test_a_picture_too_thin_to_be_blown_up_is_refused(ratio, size):
+    """It would take gigabytes on its way to a few thousand numbers."""
+    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels is too thin"):
+        LlavaImageProcessor(image_aspect_ratio=ratio)(Image.new("RGB", size))
+
+
 def test_importing_the_room_is_light():
     code = (
         "import sys, paddlemix.processors.image_processing, paddlemix.processors.images, paddlemix.processors.boxes;"

@@ -228,8 +228,9 @@ class LlavaChat:
 
     @property
     def context_limit(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return int(self.config.max_position_embeddings)
+        """Tokens that prompt and answer may have together: those that the positions were trained, or scaled, for."""
+        scaling = self.config.rope_scaling or {}
+        return int(self.config.max_position_embeddings * float(scaling.get("factor", 1.0)))
 
     # talking
 
