@@ -33,6 +33,8 @@ class Store(BaseHTTPRequestHandler):
         store = self.server.store
         store.requests.append((self.command, self.path))
         parts = self.path.split("?")[0].strip("/").split("/")
+        if store.refuses:
+            return self.send(store.refuses, b"", {}, body)
         if parts[:2] == ["api", "models"] and store.lists:
             name = "/".join(parts[2:4])
             folder = store.hugging_face / name
@@ -70,7 +72,7 @@ class Stores:
     def __init__(self, root: Path, address: str):
         self.hugging_face, self.paddle, self.address = root / "hugging_face", root / "paddle", address
         self.requests = []
-        self.lists = True
+        self.lists, self.refuses = True, None
 
     def downloads(self):
         return [path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET" and "/api/" not in path]
@@ -263,6 +265,12 @@ def test_without_a_network_the_error_says_what_to_do(unreachable, tmp_path, name
 def test_paddles_store_without_a_network(unreachable):
     with pytest.raises(UserError, match="PaddleNLP's model store .*check the name and the network"):
         checkpoint.resolve("paddlemix/llava/llava-v1.5-7b")
+
+
+def test_what_the_server_answers_is_said(stores):
+    stores.refuses = 403
+    with pytest.raises(UserError, match="the server answers 403 Forbidden"):
+        checkpoint.resolve("llava-hf/tiny")
 
 
 def test_offline_mode_asks_nobody(stores, monkeypatch):

@@ -4,11 +4,13 @@ Only the clients of the stores themselves download; here is chosen which files, 
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Callable, Iterable, List, Optional, Union
 
 from paddlemix.errors import UserError
@@ -340,9 +342,15 @@ def _needed(published: Iterable[str]) -> List[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, short enough to stand inside a sentence."""
+    """What a server answered, or the first line of an error, short enough to stand inside a sentence."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return f"the server answers {status} {http.client.responses.get(status, '')}".rstrip()
+        cause = cause.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}"
+    return f"{type(error).__name__}: {shorten(lines[0], 160, placeholder=' …').rstrip('.')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
