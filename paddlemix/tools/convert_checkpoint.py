@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.hub import has_tokenizer
+from paddlemix.models.llava.hub import LORA_FILES, SMALL_FILES, has_tokenizer
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
 from paddlemix.tools.command_line import Parser
@@ -28,6 +29,10 @@ logger = logging.getLogger("paddlemix.convert")
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+OF_A_CHECKPOINT = re.compile(
+    "|".join(re.escape(name) for name in (*SMALL_FILES, *LORA_FILES, ".gitattributes", "README.md", "LICENSE"))
+    + r"|(model|pytorch_model|model_state|mm_projector)\b.*\.(safetensors|bin|pdparams|json)"
+)
 
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -60,21 +65,24 @@ def convert(
     from paddlemix.models.llava.conversion import ImageToken, open_plan
     from paddlemix.processors.llava import LlavaProcessor
 
-    output = Path(output_dir).expanduser()
+    output = Path(output_dir).expanduser().resolve()  # a link stays, and what it points to is written
     check_output(output, overwrite)  # before anything is downloaded
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"--output_dir {output} is or contains the checkpoint {source} itself; name another folder.")
-
     config = checkpoint.read_config(source)
+    for needed in (folder.resolve() for folder in needed_folders(source, config)):
+        if output in (needed, *needed.parents):
+            raise UserError(
+                f"--output_dir {output} is or contains {needed}, which the checkpoint {source} is read from; name another "
+                "folder."
+            )
     processor = LlavaProcessor.from_pretrained(processor_folder(source), config=config)
     image_token = None
     if layout == "huggingface" and config.vision is not None:
         image_token = ImageToken(*token_ids(processor.tokenizer))
     plan = open_plan(source, layout, dtype, image_token)
 
-    parent = output.resolve().parent
+    parent = output.parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if plan.nbytes > free:
@@ -110,6 +118,26 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"--output_dir {output} holds something other than a checkpoint ({', '.join(inside[:3])}), which --overwrite "
             "does not replace; name another folder."
         )
+    others = [name for name in inside if not OF_A_CHECKPOINT.fullmatch(name)]
+    if others:
+        raise UserError(
+            f"--output_dir {output} holds {', '.join(others[:3])} beside a checkpoint, which --overwrite would remove too; "
+            "move it away, or name another folder."
+        )
+
+
+def needed_folders(source: Path, config: Any) -> Sequence[Path]:
+    """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower."""
+    from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.hub import local_tower
+
+    folders = [source]
+    base = checkpoint.lora_base(source)
+    while base is not None:
+        folders.append(base)
+        base = checkpoint.lora_base(base)
+    towers = [local_tower(config.mm_vision_tower, folder) for folder in folders] if config.mm_vision_tower else []
+    return [*folders, *(tower for tower in towers if tower is not None)]
 
 
 def replace(partial: Path, output: Path) -> None:

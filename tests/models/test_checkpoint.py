@@ -472,8 +472,10 @@ def test_save_in_shards_and_over_an_earlier_save(hugging_face, tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
     assert open_model(tmp_path).config.conversation_template == "vicuna_v1"
-    with pytest.raises(UserError, match="max_shard_size"):
-        model.save_pretrained(tmp_path, max_shard_size="a lot")
+    for size in ("a lot", "0", -1):
+        with pytest.raises(UserError, match="max_shard_size"):
+            model.save_pretrained(tmp_path, max_shard_size=size)
+    assert checkpoint.shard_bytes("1.5GB") == 1_500_000_000
 
 
 def test_other_programs_read_what_is_saved(hugging_face, tmp_path):

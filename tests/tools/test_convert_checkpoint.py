@@ -259,8 +259,31 @@ def test_output_folders_in_the_way(sources, tmp_path, capsys):
     assert run(source, output, "huggingface", "--overwrite") == 0
     assert json.loads((output / "config.json").read_text())["text_config"]
     assert "is a file" in refused(capsys, source, output / "config.json", "toolkit")
-    assert "is or contains the checkpoint" in refused(capsys, source, source, "toolkit", "--overwrite")
+    (output / "checkpoint-4").mkdir()  # of a training, say
+    assert "holds checkpoint-4 beside a checkpoint" in refused(capsys, source, output, "toolkit", "--overwrite")
+    assert "is or contains" in refused(capsys, source, source, "toolkit", "--overwrite")
     assert (source / "config.json").exists()
+
+
+def test_what_a_checkpoint_needs_is_not_replaced(tmp_path, capsys):
+    base = write_hugging_face(tmp_path / "base")
+    (tmp_path / "lora").mkdir()
+    write_json(tmp_path / "lora/lora_config.json", {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "../base"})
+    save_file({}, tmp_path / "lora/lora_model_state.safetensors")
+    original = write_original(tmp_path / "original", tower=tmp_path / "clip")
+    for source, needed in ((tmp_path / "lora", base), (original, tmp_path / "clip")):
+        before = (needed / "config.json").read_bytes()
+        message = refused(capsys, source, needed, "toolkit", "--overwrite")
+        assert f"{needed}, which the checkpoint {source} is read from" in message
+        assert (needed / "config.json").read_bytes() == before
+
+
+def test_a_link_is_written_through(sources, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert run(sources["huggingface", "llava"], tmp_path / "link", "toolkit") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_what_is_not_there_or_cannot_be_said(sources, tmp_path, capsys):

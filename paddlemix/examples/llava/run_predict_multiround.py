@@ -356,6 +356,8 @@ class Shell:
         self.answer(self.chat.retry())
 
     def do_save(self, file: str) -> None:
+        if file.endswith(("/", os.sep)):
+            raise UserError(f"{file} names a folder; /save needs the name of a file.")
         path = self.chat.save(file)
         self.say(f"Saved {count(len(self.chat.rounds), 'round')} to {path}")
 

@@ -631,10 +631,8 @@ def shard_bytes(size: Union[int, str]) -> int:
     >>> shard_bytes("5GB")
     5000000000
     """
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|KIB|MIB|GIB)?", size.strip().upper())
-    if match is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KIB|MIB|GIB)?", str(size).strip().upper())
+    if match is None or float(match.group(1)) <= 0:
         raise UserError(f"max_shard_size is {size!r}; expected a number of bytes, or such as 500MB or 5GB.")
     units: Dict[Optional[str], int] = {
         None: 1,
@@ -645,4 +643,4 @@ def shard_bytes(size: Union[int, str]) -> int:
         "MIB": 1 << 20,
         "GIB": 1 << 30,
     }
-    return int(match.group(1)) * units[match.group(2)]
+    return max(1, round(float(match.group(1)) * units[match.group(2)]))

@@ -25,12 +25,15 @@ DEFAULT_MODEL = "paddlemix/llava-smol-demo"
 # A tokenizer is in one of these; the last is what PaddleNLP calls a tokenizer.model.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model")
 # What a checkpoint consists of beside its weights; only config.json must be there.
-_SMALL_FILES = (
+SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "lora_config.json"),
 )
-_LORA_FILES = ("lora_model_state.safetensors", "lora_model_state.pdparams", "non_lora_state.safetensors")
+LORA_FILES = (
+    *("lora_model_state.safetensors", "lora_model_state.pdparams", "non_lora_state.safetensors"),
+    "peft_model.safetensors.index.json",
+)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+){1,2}")
 _TIMEOUT_SECONDS = 10
 # written beside the files of PaddleNLP's store once all are there: its client can't list what a model consists of
@@ -207,7 +210,7 @@ def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) 
     if fetch("config.json") is None:
         return []
     logger.info("fetching %s from %s", name, store)
-    files = ["config.json", *(file for file in _SMALL_FILES if file != "config.json" and fetch(file))]
+    files = ["config.json", *(file for file in SMALL_FILES if file != "config.json" and fetch(file))]
     for file in WEIGHT_FILES:
         path = fetch(file)
         if path is None:
@@ -220,7 +223,7 @@ def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) 
                 raise UserError(f"{store} has {name} without its shards {', '.join(missing[:3])}.")
             files += shards
         return files
-    return files + [file for file in _LORA_FILES if fetch(file)]
+    return files + [file for file in LORA_FILES if fetch(file)]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -328,7 +331,7 @@ def _hugging_face_cache() -> Path:
 def _needed(published: Iterable[str]) -> List[str]:
     """Of the files of a repository those to fetch: one kind of weights, config, tokenizer, image processor."""
     names = set(published)
-    files = [name for name in _SMALL_FILES if name in names]
+    files = [name for name in SMALL_FILES if name in names]
     for stem, shard in (
         ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
         ("model_state.pdparams", r"model_state-\d+-of-\d+\.pdparams"),
@@ -338,7 +341,7 @@ def _needed(published: Iterable[str]) -> List[str]:
             return [*files, f"{stem}.index.json", *sorted(name for name in names if re.fullmatch(shard, name))]
         if stem in names:
             return [*files, stem]
-    return [*files, *(name for name in _LORA_FILES if name in names)]
+    return [*files, *(name for name in LORA_FILES if name in names)]
 
 
 def _reason(error: BaseException) -> str:
