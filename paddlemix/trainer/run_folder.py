@@ -45,6 +45,9 @@ MODEL = re.compile(
     + r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(non_lora|lora_model)_state\.safetensors"
     + r"|peft_model\.safetensors\.index\.json|lora_config\.json"
 )
+WHOLE_WEIGHTS = re.compile(
+    r"(model|pytorch_model|model_state)(-\d+-of-\d+)?\.(safetensors|bin|pdparams)(\.index\.json)?"
+)
 RESULT = re.compile(r"train_log\.jsonl|loss\.png|(eval_)?predictions-\d+\.jsonl|(train|eval|predict|all)_results\.json")
 PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed
 
@@ -379,7 +382,8 @@ def remove_old_checkpoints(folder: Path, keep: int, best: Optional[str] = None) 
 
 @contextmanager
 def write_aside(folder: Path) -> Iterator[Path]:
-    """A new folder to write into; at the end its files move into ``folder``, each at once.
+    """A new folder to write into; at the end its files move into ``folder``, each at once. Whole weights among them take
+    the place of all that were there, in whatever files: an index of shards would be read before them.
 
     An error leaves ``folder`` as it was.
     """
@@ -389,8 +393,13 @@ def write_aside(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.iterdir()):
-            os.replace(path, folder / path.name)
+        names = sorted(path.name for path in partial.iterdir())
+        for name in names:
+            os.replace(partial / name, folder / name)
+        if any(WHOLE_WEIGHTS.fullmatch(name) for name in names):
+            old = [path for path in folder.iterdir() if WHOLE_WEIGHTS.fullmatch(path.name) and path.name not in names]
+            for path in sorted(old, key=lambda path: path.suffix != ".json"):
+                path.unlink()
         _sync_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

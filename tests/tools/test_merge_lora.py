@@ -66,6 +66,16 @@ def test_the_merged_folder_stands_alone(room, tmp_path):
     assert processor.template.name == "llava_v1" and processor.image_processor is not None
 
 
+def test_older_weights_in_the_folder_are_not_read_instead(room, tmp_path):
+    """In shards, whose index goes before a single file."""
+    folder, expected = room
+    LlavaLlamaForCausalLM.from_pretrained(folder / "base").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert run(folder, tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
+    np.testing.assert_allclose(logits(LlavaLlamaForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-4)
+
+
 def test_the_base_is_recorded_and_the_adapters_folder_the_default_place(room, tmp_path):
     folder, expected = room
     shutil.copytree(folder / "adapter", tmp_path / "7")
