@@ -278,6 +278,15 @@ def test_what_a_checkpoint_needs_is_not_replaced(tmp_path, capsys):
         assert (needed / "config.json").read_bytes() == before
 
 
+def test_adapters_of_each_other(tmp_path, capsys):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        save_file({}, tmp_path / name / "lora_model_state.safetensors")
+        values = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": f"../{other}"}
+        write_json(tmp_path / name / "lora_config.json", values)
+    assert "adapts itself by way of" in refused(capsys, tmp_path / "a", tmp_path / "out", "toolkit")
+
+
 def test_a_link_is_written_through(sources, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
