@@ -579,7 +579,8 @@ class StreamDecoder:
 
 def load_tokenizer(folder: Union[str, Path]) -> Tokenizer:
     """Opens the tokenizer in ``folder``: ``tokenizer.json`` or ``tokenizer.model`` (PaddleNLP's
-    ``sentencepiece.bpe.model``), and the files beside it that name the special and the added tokens (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``).
+    ``sentencepiece.bpe.model``), and the files beside it that name the special and the added tokens
+    (``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``).
 
     Raises:
         UserError: no tokenizer in the folder, or a file that can't be read; the message names it.

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 if __package__ in (None, ""):  # run by its path, from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -69,7 +69,7 @@ def convert(
     check_output(output, overwrite)  # before anything is downloaded
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)
-    adapters_and_base(source)
+    checkpoint.with_bases(source)
     config = checkpoint.read_config(source)
     for needed in (folder.resolve() for folder in needed_folders(source, config)):
         if output in (needed, *needed.parents):
@@ -129,24 +129,12 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def needed_folders(source: Path, config: Any) -> Sequence[Path]:
     """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower."""
+    from paddlemix.models.llava import checkpoint
     from paddlemix.models.llava.hub import local_tower
 
-    folders = adapters_and_base(source)
+    folders = checkpoint.with_bases(source)
     towers = [local_tower(config.mm_vision_tower, folder) for folder in folders] if config.mm_vision_tower else []
     return [*folders, *(tower for tower in towers if tower is not None)]
-
-
-def adapters_and_base(folder: Path) -> List[Path]:
-    """A checkpoint; of an adapter also what it adapts, and so on."""
-    from paddlemix.models.llava import checkpoint
-
-    folders, base = [folder], checkpoint.lora_base(folder)
-    while base is not None:
-        if base.resolve() in [each.resolve() for each in folders]:
-            raise UserError(f"{folder} adapts itself by way of {base}; set base_model_name_or_path to a whole model.")
-        folders.append(base)
-        base = checkpoint.lora_base(base)
-    return folders
 
 
 def replace(partial: Path, output: Path) -> None:

@@ -158,11 +158,7 @@ def weight_sources(args: Any, folder: Path) -> List[Tuple[str, Path]]:
     """Where the run reads weights from, each with the key that names it; an adapter's base too."""
     from paddlemix.models.llava import checkpoint
 
-    sources = []
-    base: Optional[Path] = folder
-    while base is not None:
-        sources.append(("model_name_or_path", base))
-        base = checkpoint.lora_base(base)
+    sources = [("model_name_or_path", each) for each in checkpoint.with_bases(folder)]
     for key in ("lora_path", "pretrain_mm_mlp_adapter"):
         if getattr(args, key):
             sources.append((key, Path(getattr(args, key)).expanduser()))

@@ -57,6 +57,7 @@ __all__ = [
     "resolve",
     "save_model",
     "save_weights",
+    "with_bases",
 ]
 
 logger = logging.getLogger(__name__)
@@ -482,6 +483,21 @@ def lora_base(folder: Path) -> Optional[Path]:
     if base.resolve() == folder.resolve():
         raise UserError(f"{path} names its own folder as base_model_name_or_path; set it to the model that it adapts.")
     return base
+
+
+def with_bases(folder: Path) -> List[Path]:
+    """A checkpoint; of an adapter also what it adapts, and so on.
+
+    Raises:
+        UserError: adapters that name each other.
+    """
+    folders, base = [folder], lora_base(folder)
+    while base is not None:
+        if base.resolve() in [each.resolve() for each in folders]:
+            raise UserError(f"{folder} adapts itself by way of {base}; set base_model_name_or_path to a whole model.")
+        folders.append(base)
+        base = lora_base(base)
+    return folders
 
 
 def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:

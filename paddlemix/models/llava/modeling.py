@@ -209,8 +209,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         """Writes config.json, generation_config.json and safetensors (sharded above ``max_shard_size``).
 
         Raises:
-            UserError: ``save_dir`` is a file, or the model has tensors that none of its layers would read, as after a merge
-                by PaddleNLP's LoRAModel that left the adapters in place.
+            UserError: ``save_dir`` is a file, or PaddleNLP's LoRAModel has left its adapters in the model.
         """
         from paddlemix.models.llava import checkpoint
 
