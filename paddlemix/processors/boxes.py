@@ -17,6 +17,7 @@ _NUMBER = r"-?(?:\d+\.\d*|\.\d+|\d+)"
 _GAP = r"(?:\s*[,;，；、]\s*|\s+)"
 # a list of numbers in brackets, also a pair of corners: [a, b, c, d], (a, b), (c, d)
 _RUN = re.compile(rf"(?<![\w.%]){_NUMBER}(?:[\])]?{_GAP}[\[(]?{_NUMBER})*(?!\.?\w|%|°)")
+_BARE_GAP = re.compile(r"(?<![\s,;，；、])\s+(?![\s,;，；、])")
 _LIST_NUMBER = re.compile(r"^[ \t]*\d{1,3}[.)](?=[ \t])", re.MULTILINE)  # the 2. before the second entry of a list
 _BRACKETED = re.compile(rf"[\[(]\s*({_NUMBER}(?:{_GAP}{_NUMBER}){{3}})\s*[,;]?\s*[\])]")
 
@@ -29,7 +30,7 @@ def parse_boxes(text: str) -> List[Box]:
 
     Four numbers in brackets are a box, and so is a bare run of four, eight, … numbers of which one at least has a
     decimal point. Numbers outside 0..1 (pixels, say) and corners in the wrong order are no box; the number before an entry
-    of a list isn't part of one.
+    of a list isn't part of one, nor is one that a mere space parts from numbers with commas (``2 0.1, 0.2, 0.5, 0.6``).
 
     >>> parse_boxes("The cat is at [0.23, 0.33, 0.79, 0.78].")
     [(0.23, 0.33, 0.79, 0.78)]
@@ -49,9 +50,13 @@ def parse_boxes(text: str) -> List[Box]:
     rest = _LIST_NUMBER.sub(lambda match: "|" * len(match[0]), text)
     rest = _BRACKETED.sub(take_bracketed, rest)
     for match in _RUN.finditer(rest):
-        numbers = re.findall(_NUMBER, match[0])
-        if len(numbers) % 4 == 0 and any("." in number for number in numbers):
-            add(match.start(), numbers)
+        whole = len(re.findall(_NUMBER, match[0])) % 4 == 0
+        place = match.start()
+        for part in [match[0]] if whole else _BARE_GAP.split(match[0]):
+            numbers = re.findall(_NUMBER, part)
+            if len(numbers) % 4 == 0 and any("." in number for number in numbers):
+                add(place, numbers)
+            place += len(part) + 1
     return [box for _, box in sorted(found, key=lambda item: item[0])]
 
 

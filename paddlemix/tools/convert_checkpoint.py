@@ -69,9 +69,8 @@ def convert(
     check_output(output, overwrite)  # before anything is downloaded
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)
-    checkpoint.with_bases(source)
     config = checkpoint.read_config(source)
-    for needed in (folder.resolve() for folder in needed_folders(source, config)):
+    for needed in (folder.resolve() for folder in checkpoint.needed_folders(source, config)):
         if output in (needed, *needed.parents):
             raise UserError(
                 f"--output_dir {output} is or contains {needed}, which the checkpoint {source} is read from; name another "
@@ -125,16 +124,6 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"--output_dir {output} holds {', '.join(others[:3])} beside a checkpoint, which --overwrite would remove too; "
             "move it away, or name another folder."
         )
-
-
-def needed_folders(source: Path, config: Any) -> Sequence[Path]:
-    """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower."""
-    from paddlemix.models.llava import checkpoint
-    from paddlemix.models.llava.hub import local_tower
-
-    folders = checkpoint.with_bases(source)
-    towers = [local_tower(config.mm_vision_tower, folder) for folder in folders] if config.mm_vision_tower else []
-    return [*folders, *(tower for tower in towers if tower is not None)]
 
 
 def replace(partial: Path, output: Path) -> None:

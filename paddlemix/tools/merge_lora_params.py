@@ -20,7 +20,7 @@ from paddlemix.tools.command_line import Parser
 
 logger = logging.getLogger("paddlemix.merge")
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")  # checkpoint.MODEL_DTYPES, without Paddle's import
 
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -65,10 +65,11 @@ def merge(
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
     base = checkpoint.resolve(model_name_or_path)
     processor = LlavaProcessor.from_pretrained(base, adapter=adapter)
-    if target.resolve() == base.resolve():
-        raise UserError(f"--merge_model_path names {target}, which is the base itself; name another folder.")
+    for needed in checkpoint.needed_folders(base, processor.config):
+        if target.resolve() == needed.resolve():
+            raise UserError(f"--merge_model_path names {target}, which the base is read from; name another folder.")
 
-    dtype = dtype or _stored_dtype(base, checkpoint)
+    dtype = dtype or checkpoint.stored_dtype(base)
     model = LlavaLlamaForCausalLM.from_pretrained(base, config=processor.config, dtype=dtype)
     checkpoint.merge_lora(model, adapter)
     with write_aside(target) as aside:
@@ -76,20 +77,6 @@ def merge(
         processor.save_pretrained(aside)
     logger.info("Merged %s into %s: %s", adapter, base, target)
     return target
-
-
-def _stored_dtype(folder: Path, checkpoint) -> str:
-    """The dtype that most of a checkpoint's numbers have; float32 where it is none that a model can have."""
-    from paddlemix.models.llava.tensor_files import open_weights
-
-    base = checkpoint.lora_base(folder)
-    if base is not None:
-        return _stored_dtype(base, checkpoint)
-    sizes = {dtype: 0 for dtype in DTYPES}
-    for tensor in open_weights(folder).values():
-        if tensor.dtype in sizes:
-            sizes[tensor.dtype] += tensor.size
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

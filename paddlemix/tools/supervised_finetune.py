@@ -102,7 +102,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
         adapter = checkpoint.resolve(args.lora_path) if args.lora_path else None
     config = read_config(folder, adapter, args, settings)
     if saves_model(settings):
-        check_sources(Path(args.output_dir), plan, weight_sources(args, folder), args.lora)
+        check_sources(Path(args.output_dir), plan, weight_sources(args, folder, config), args.lora)
     processor = LlavaProcessor.from_pretrained(
         folder, config=config, image_aspect_ratio=args.image_aspect_ratio, adapter=adapter
     )
@@ -154,11 +154,11 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
     return parts
 
 
-def weight_sources(args: Any, folder: Path) -> List[Tuple[str, Path]]:
-    """Where the run reads weights from, each with the key that names it; an adapter's base too."""
+def weight_sources(args: Any, folder: Path, config: Any) -> List[Tuple[str, Path]]:
+    """Where the run reads weights from, each with the key that names it; an adapter's base and a CLIP tower too."""
     from paddlemix.models.llava import checkpoint
 
-    sources = [("model_name_or_path", each) for each in checkpoint.with_bases(folder)]
+    sources = [("model_name_or_path", each) for each in checkpoint.needed_folders(folder, config)]
     for key in ("lora_path", "pretrain_mm_mlp_adapter"):
         if getattr(args, key):
             sources.append((key, Path(getattr(args, key)).expanduser()))

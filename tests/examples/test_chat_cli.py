@@ -212,6 +212,18 @@ def test_a_terminal(tmp_path, environment):
     assert "+What is this?" in history.read_text(encoding="utf-8") and history.stat().st_mode & 0o077 == 0
 
 
+def test_a_terminal_gets_no_control_characters_from_the_model(monkeypatch, capsys):
+    class Saying:
+        def ask(self, question):
+            yield "a\x1b[2Jb\tc\n\x07"
+
+    program.answer_questions(Saying(), ["What?"], False)
+    assert capsys.readouterr().out == "a\x1b[2Jb\tc\n\x07\n"  # a script gets what the model said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    program.answer_questions(Saying(), ["What?"], False)
+    assert capsys.readouterr().out == "a[2Jb\tc\n\n"
+
+
 # ---- what is refused before anything is loaded ----
 
 
@@ -384,12 +396,21 @@ def chat(tmp_path, monkeypatch):
 
 def test_box_draws_on_the_picture_and_spares_every_file(chat, tmp_path, capsys):
     (tmp_path / "chelsea_small.png").write_bytes(CAT.read_bytes())
-    lines = ["/box", "/box", "/box out", "/box my\\ boxes.png", "/box out.jpg", "/box no/such/folder.png"]
+    lines = [
+        "/box",
+        "/box",
+        "/box out",
+        "/box my\\ boxes.png",
+        "/box out.jpg",
+        "/box no/such/folder.png",
+        "/box a.png/",
+    ]
     assert program.Shell(chat, Lines(*lines)).run() == 0
     said = capsys.readouterr().out.splitlines()
     names = ["chelsea_small-boxes.png", "chelsea_small-boxes-2.png", "out.png", "my boxes.png"]
     assert said[:4] == [f"Drew 1 box on the picture: {name}" for name in names]
     assert said[4].startswith("error: /box saves a PNG") and said[5].startswith("error: no/such/folder.png can't be")
+    assert said[6] == "error: a.png/ names a folder; /box needs the name of a file."
     drawn, cat = Image.open("out.png"), Image.open(CAT).convert("RGB")
     assert drawn.format == "PNG" and drawn.size == cat.size == (225, 150)
     changed = np.argwhere((np.asarray(drawn.convert("RGB")) != np.asarray(cat)).any(axis=2))

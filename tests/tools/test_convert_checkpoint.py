@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import paddlemix
+from paddlemix.errors import UserError
 from paddlemix.models.llava import checkpoint
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.processors.llava import LlavaProcessor
@@ -285,6 +286,9 @@ def test_adapters_of_each_other(tmp_path, capsys):
         values = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": f"../{other}"}
         write_json(tmp_path / name / "lora_config.json", values)
     assert "adapts itself by way of" in refused(capsys, tmp_path / "a", tmp_path / "out", "toolkit")
+    for opens in (LlavaLlamaForCausalLM, LlavaProcessor):
+        with pytest.raises(UserError, match="adapts itself by way of"):
+            opens.from_pretrained(tmp_path / "a")
 
 
 def test_a_link_is_written_through(sources, tmp_path):

@@ -23,6 +23,7 @@ from paddlemix.tools.merge_lora_params import main as merge_main
 from paddlemix.tools.supervised_finetune import main, run
 from paddlemix.trainer.arguments import read_settings
 from paddlemix.trainer.callbacks import read_log
+from tests.checkpoints import write_original
 from tests.trainer.test_arguments import TOOLKIT
 from tests.trainer.tiny import colour_data, tiny_checkpoint
 
@@ -433,6 +434,19 @@ def test_training_removes_nothing_that_it_is_made_from(room, trained, tmp_path, 
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "would remove or replace" in message and any(key in message for key in changes), message
     assert contents(copy) == before
+
+
+def test_a_tower_that_is_read_is_neither_trained_nor_merged_over(room, tmp_path, capsys):
+    tower, base = tmp_path / "clip", tmp_path / "base"
+    write_original(base, tower=tower)
+    before = contents(tower)
+    config = configure(room, tmp_path / "config", model_name_or_path=str(base), lora=True, max_steps=1)
+    assert main([config, "--output_dir", str(tower), "--overwrite_output_dir", "true"]) == 1
+    assert f"would remove or replace {tower}" in capsys.readouterr().err
+    assert run([configure(room, tmp_path / "adapter", model_name_or_path=str(base), lora=True, max_steps=1)]) == 0
+    assert merge_main(["--lora_path", str(tmp_path / "adapter"), "--merge_model_path", str(tower)]) == 1
+    assert f"{tower}, which the base is read from" in capsys.readouterr().err
+    assert contents(tower) == before
 
 
 def test_going_on_in_the_folder_that_the_weights_are_named_from(room, trained, tmp_path):

@@ -25,7 +25,7 @@ if find_spec("paddlemix") is None:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from paddlemix.errors import UserError
-from paddlemix.examples.llava.terminal import one_interrupt, open_reader
+from paddlemix.examples.llava.terminal import for_terminal, one_interrupt, open_reader
 from paddlemix.runtime import device_name, prepare_cpu, quiet_start
 from paddlemix.tools.command_line import Parser
 
@@ -356,9 +356,7 @@ class Shell:
         self.answer(self.chat.retry())
 
     def do_save(self, file: str) -> None:
-        if file.endswith(("/", os.sep)):
-            raise UserError(f"{file} names a folder; /save needs the name of a file.")
-        path = self.chat.save(file)
+        path = self.chat.save(named_file(file, "/save"))
         self.say(f"Saved {count(len(self.chat.rounds), 'round')} to {path}")
 
     def do_load(self, file: str) -> None:
@@ -374,7 +372,7 @@ class Shell:
             raise UserError("There is no picture to draw on; /image brings one.")
         if not boxes:
             raise UserError("The last answer has no coordinates such as [0.10, 0.20, 0.50, 0.80].")
-        path = box_file(file, picture.source, [other.source for other in self.chat.pictures])
+        path = box_file(named_file(file, "/box"), picture.source, [other.source for other in self.chat.pictures])
         image_processor = self.chat.processor.image_processor
         boxes = [image_processor.undo_box(box, picture.size) for box in boxes]
         try:
@@ -408,6 +406,12 @@ def unquote(argument: str) -> str:
         if len(words) == 1:
             return words[0]
     return argument[1:-1] if quoted and len(argument) > 1 and argument[0] == argument[-1] else argument
+
+
+def named_file(file: str, command: str) -> str:
+    if file.endswith(("/", os.sep)):
+        raise UserError(f"{file} names a folder; {command} needs the name of a file.")
+    return file
 
 
 def box_file(file: str, source: Optional[str], others: Sequence[Optional[str]] = ()) -> Path:
@@ -456,7 +460,7 @@ def unexpected(error: Exception) -> str:
 def answer_questions(chat, questions: List[str], debugging: bool) -> int:
     """The answers alone, one after the other; for scripts."""
     for question in questions:
-        show(chat.ask(question), str)
+        show(chat.ask(question), for_terminal if sys.stdout.isatty() else str)
         if debugging:
             report(chat)
     return 0

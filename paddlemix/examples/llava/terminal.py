@@ -8,10 +8,15 @@ from typing import Iterator, Mapping
 
 from paddlemix.models.llava.hub import cache_home
 
-__all__ = ["LineReader", "TerminalReader", "one_interrupt", "open_reader"]
+__all__ = ["LineReader", "TerminalReader", "for_terminal", "one_interrupt", "open_reader"]
 
 # what must not reach a terminal from a model: escape sequences and other control characters, but not tab and newline
 CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
+
+
+def for_terminal(text: str) -> str:
+    """Text of the model as a terminal may show it."""
+    return text.translate(CONTROL)
 
 
 @contextmanager
@@ -95,7 +100,7 @@ class TerminalReader:
         return self.session.prompt([("fg:default", prompt)])
 
     def clean(self, text: str) -> str:
-        return text.translate(CONTROL)
+        return for_terminal(text)
 
 
 def open_reader(commands: Mapping[str, bool]):

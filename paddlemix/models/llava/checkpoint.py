@@ -52,11 +52,13 @@ __all__ = [
     "load_weights",
     "lora_base",
     "merge_lora",
+    "needed_folders",
     "no_init",
     "read_config",
     "resolve",
     "save_model",
     "save_weights",
+    "stored_dtype",
     "with_bases",
 ]
 
@@ -66,6 +68,7 @@ LORA_CONFIG = "lora_config.json"
 LORA_WEIGHTS = ("lora_model_state.safetensors", "lora_model_state.pdparams")
 NON_LORA_WEIGHTS = "non_lora_state.safetensors"
 
+MODEL_DTYPES = ("float32", "float16", "bfloat16")
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -464,8 +467,45 @@ def lora_base(folder: Path) -> Optional[Path]:
 
     A LoRA output has lora_config.json with ``base_model_name_or_path`` and the adapter's weights; one that was merged has
     whole weights too, and then needs no base.
+
+    Raises:
+        UserError: a base that isn't there, or adapters that name each other.
     """
-    folder = Path(folder)
+    return (with_bases(Path(folder)) + [None])[1]
+
+
+def with_bases(folder: Path) -> List[Path]:
+    """A checkpoint; of an adapter also what it adapts, and so on.
+
+    Raises:
+        UserError: as :func:`lora_base`.
+    """
+    folders, base = [folder], _recorded_base(folder)
+    while base is not None:
+        if base.resolve() in [each.resolve() for each in folders]:
+            raise UserError(f"{folder} adapts itself by way of {base}; set base_model_name_or_path to a whole model.")
+        folders.append(base)
+        base = _recorded_base(base)
+    return folders
+
+
+def needed_folders(folder: Path, config: LlavaConfig) -> List[Path]:
+    """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower."""
+    folders = with_bases(folder)
+    towers = [local_tower(config.mm_vision_tower, each) for each in folders] if config.mm_vision_tower else []
+    return [*folders, *(tower for tower in towers if tower is not None)]
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that most of a checkpoint's numbers have, an adapter's of its base; float32 where no model can have it."""
+    sizes = dict.fromkeys(MODEL_DTYPES, 0)
+    for tensor in open_weights(with_bases(folder)[-1]).values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.size
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _recorded_base(folder: Path) -> Optional[Path]:
     path = folder / LORA_CONFIG
     if not path.is_file() or find_weights(folder):
         return None
@@ -483,21 +523,6 @@ def lora_base(folder: Path) -> Optional[Path]:
     if base.resolve() == folder.resolve():
         raise UserError(f"{path} names its own folder as base_model_name_or_path; set it to the model that it adapts.")
     return base
-
-
-def with_bases(folder: Path) -> List[Path]:
-    """A checkpoint; of an adapter also what it adapts, and so on.
-
-    Raises:
-        UserError: adapters that name each other.
-    """
-    folders, base = [folder], lora_base(folder)
-    while base is not None:
-        if base.resolve() in [each.resolve() for each in folders]:
-            raise UserError(f"{folder} adapts itself by way of {base}; set base_model_name_or_path to a whole model.")
-        folders.append(base)
-        base = lora_base(base)
-    return folders
 
 
 def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:

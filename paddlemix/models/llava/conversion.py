@@ -17,7 +17,6 @@ from paddlemix.models.llava.tensor_files import (
     convert,
     fill,
     numpy_dtype,
-    open_weights,
     write_json,
     write_weights,
 )
@@ -219,14 +218,4 @@ def open_plan(
         checkpoint.check(shapes, sources, unknown, config, folder)
         if layouts.NEWLINE not in parameters:
             sources.pop(layouts.NEWLINE, None)
-    return Plan(config, sources, layout, dtype or _stored_dtype(base or folder), image_token)
-
-
-def _stored_dtype(folder: Path) -> str:
-    base = checkpoint.lora_base(folder)
-    if base is not None:
-        return _stored_dtype(base)
-    sizes: Dict[str, int] = {}
-    for tensor in open_weights(folder).values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return Plan(config, sources, layout, dtype or checkpoint.stored_dtype(folder), image_token)
