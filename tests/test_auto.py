@@ -54,6 +54,21 @@ def test_processor_need_not_be_unpacked(folder):
     assert isinstance(processor, LlavaProcessor) and processor.image_processor.image_aspect_ratio == "pad"
 
 
+def test_an_adapters_tokenizer_is_its_bases(folder, tmp_path):
+    lora = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": str(folder)}
+    (tmp_path / "lora_config.json").write_text(json.dumps(lora))
+    (tmp_path / "lora_model_state.safetensors").write_bytes(b"")
+    assert AutoTokenizerMIX.from_pretrained(tmp_path).encode("Hello") == [1, 15043]
+
+
+def test_words_that_paddlenlps_callers_pass(folder):
+    processor = AutoProcessorMIX.from_pretrained(folder)
+    assert processor("Hello", return_tensors="pd", padding=True)["input_ids"].shape == [1, 2]
+    for given in ({"return_tensors": "np"}, {"padding": False}):
+        with pytest.raises(UserError, match=f"{next(iter(given))} is"):
+            processor("Hello", **given)
+
+
 def test_settings_overrule_the_checkpoint(folder, tmp_path):
     assert AutoConfigMIX.from_pretrained(folder, image_aspect_ratio="square").image_aspect_ratio == "square"
     assert AutoProcessorMIX.from_pretrained(folder, image_aspect_ratio="square").config.image_aspect_ratio == "square"

@@ -133,11 +133,12 @@ class AutoProcessorMIX(_Auto):
 class AutoTokenizerMIX(_Auto):
     @classmethod
     def from_pretrained(cls, folder_or_name: Union[str, Path]) -> Any:
-        """The tokenizer of a checkpoint.
+        """The tokenizer of a checkpoint; of an adapter without one, its base's.
 
         Raises:
             UserError: an unknown name, no tokenizer in the folder.
         """
+        from paddlemix.models.llava.checkpoint import processor_folder
         from paddlemix.processors.tokenizer import load_tokenizer
 
-        return load_tokenizer(cls._resolve(folder_or_name))
+        return load_tokenizer(processor_folder(cls._resolve(folder_or_name)))

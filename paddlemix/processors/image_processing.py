@@ -27,7 +27,7 @@ from paddlemix.processors.images import MAX_PIXELS
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from paddlemix.models.llava.configuration import LlavaConfig
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "FILE_NAME", "LlavaImageProcessor"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "FILE_NAME", "LlavaImageProcessor", "has_image_processor"]
 
 logger = logging.getLogger("paddlemix.processors.image_processing")
 
@@ -377,7 +377,7 @@ def _read(folder: Path) -> Tuple[Optional[Path], Dict[str, Any]]:
         if not path.is_file():
             continue
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read as JSON: {error}.") from error
         if not isinstance(values, dict):
@@ -389,6 +389,11 @@ def _read(folder: Path) -> Tuple[Optional[Path], Dict[str, Any]]:
         return path, values
     logger.debug("%s has no %s", folder, FILE_NAME)
     return None, {}
+
+
+def has_image_processor(folder: Path) -> bool:
+    """Whether the folder says how its pictures are treated."""
+    return _read(folder)[0] is not None
 
 
 def _file_type(values: Dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import json
 import logging
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Collection, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
-from paddlemix.models.llava.hub import has_tokenizer
+from paddlemix.models.llava.hub import TOKENIZER_FILES, has_tokenizer
 from paddlemix.processors.chat_template import FILE_NAME as CHAT_TEMPLATE_FILE
 from paddlemix.processors.chat_template import ChatTemplate, name_of, read_saved
-from paddlemix.processors.image_processing import LlavaImageProcessor
+from paddlemix.processors.image_processing import LlavaImageProcessor, has_image_processor
 from paddlemix.processors.images import image_digest, load_image
 from paddlemix.processors.labels import (
     TokenLabels,
@@ -28,6 +28,7 @@ from paddlemix.processors.labels import (
 )
 from paddlemix.processors.rows import ImageCountError, parse_row
 from paddlemix.processors.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from paddlemix.processors.tokenizer import replaced_files as replaced_tokenizer_files
 
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from PIL import Image
@@ -40,6 +41,16 @@ logger = logging.getLogger("paddlemix.processors.llava")
 
 Size = Tuple[int, int]
 Span = Tuple[int, int]
+
+
+def replaced_files(folder: Path, written: Collection[str]) -> List[Path]:
+    """Files of an earlier processor in ``folder`` that would be read beside those ``written`` there; none where these are
+    of no processor."""
+    if not any(name in written for name in TOKENIZER_FILES):
+        return []
+    template = folder / CHAT_TEMPLATE_FILE
+    stale = [template] if template.name not in written and read_saved(folder) is not None else []
+    return [*replaced_tokenizer_files(folder, written), *stale]
 
 
 class LlavaProcessor:
@@ -100,18 +111,18 @@ class LlavaProcessor:
 
         folder = checkpoint.resolve(folder_or_name)
         config = checkpoint.read_config(folder, adapter) if config is None else config
-        if image_aspect_ratio is not None:
+        if image_aspect_ratio not in (None, config.image_aspect_ratio):
             config = deepcopy(config)
             config.image_aspect_ratio = image_aspect_ratio
             config.validate()
-        if adapter is not None and has_tokenizer(adapter):
-            folder = adapter
-        if not has_tokenizer(folder):
-            folder = checkpoint.lora_base(folder) or folder  # an adapter alone goes by its base
+        folder = adapter if adapter is not None and has_tokenizer(adapter) else checkpoint.processor_folder(folder)
         image_processor = None
         if config.vision is not None:
+            place = folder
+            if not has_image_processor(folder):  # the original release has it with the tower
+                place = checkpoint.separate_tower(folder, config) or folder
             image_processor = LlavaImageProcessor.from_pretrained(
-                folder, config=config, image_aspect_ratio=image_aspect_ratio
+                place, config=config, image_aspect_ratio=image_aspect_ratio
             )
         saved = read_saved(folder)
         if saved is not None and name_of(saved) == config.conversation_template:
@@ -123,10 +134,15 @@ class LlavaProcessor:
         return iter((self, self.tokenizer))
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
-        """Writes tokenizer and image processor into ``folder``, and the config if none is there."""
+        """Writes tokenizer and image processor into ``folder``, and the config if none is there.
+
+        What an earlier tokenizer or chat template left there goes, since it would be read instead.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
+        if read_saved(folder) is not None:
+            (folder / CHAT_TEMPLATE_FILE).unlink()
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
         if self.chat_template is not None:
@@ -158,13 +174,16 @@ class LlavaProcessor:
 
     # ---- prompts ----
 
-    def __call__(self, text: Union[str, Sequence[str]], images: Any = None) -> Dict[str, Any]:
+    def __call__(
+        self, text: Union[str, Sequence[str]], images: Any = None, *, return_tensors: str = "pd", padding: Any = True
+    ) -> Dict[str, Any]:
         """A batch for ``model(**batch)`` and ``model.generate(**batch)``.
 
         Args:
             text: one prompt or a list of B prompts, with one ``<image>`` for each picture.
             images: the pictures (path, URL, PIL image, array): one, a list, or a list with a list (or a picture, or
                 None) for each prompt. A flat list is dealt out by the number of ``<image>`` in each prompt.
+            return_tensors, padding: as PaddleNLP's and Hugging Face's callers write them; ``pd`` and true alone.
 
         Returns:
             Paddle tensors ``input_ids`` and ``attention_mask`` [B, T] int64, shorter rows padded on the left; each
@@ -178,6 +197,14 @@ class LlavaProcessor:
         """
         import paddle
 
+        for name, given, allowed in (
+            ("return_tensors", return_tensors, ("pd",)),
+            ("padding", padding, (True, "longest")),
+        ):
+            if given not in allowed:
+                raise UserError(
+                    f"{name} is {given!r}; expected {allowed[0]!r}: the batch comes padded, as Paddle's tensors."
+                )
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise UserError("The processor got no prompt; expected a text or a list of texts.")

@@ -13,7 +13,7 @@ import logging
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -530,11 +530,19 @@ class Tokenizer:
         """Writes the tokenizer's files into ``folder`` (made if missing); returns their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
-            written.append(str(folder / name))
-        return written
+        for stale in replaced_files(folder, self._files):
+            stale.unlink()
+        return [str(folder / name) for name in self._files]
+
+
+def replaced_files(folder: Path, written: Collection[str]) -> List[Path]:
+    """Files of an earlier tokenizer in ``folder`` that would be read beside, or before, those ``written`` there."""
+    names = [JSON_FILE, MODEL_FILE, ADDED_TOKENS_FILE]
+    if MODEL_FILE not in written:  # which goes before Paddle's
+        names.append(PADDLE_MODEL_FILE)
+    return [folder / name for name in names if name not in written and (folder / name).is_file()]
 
 
 def _as_list(token_ids: Any) -> List[int]:
@@ -609,7 +617,7 @@ def load_tokenizer(folder: Union[str, Path]) -> Tokenizer:
     source = JSON_FILE if JSON_FILE in files else MODEL_FILE
     try:
         if source == JSON_FILE:
-            engine = JsonEngine(files[source].decode("utf-8"), added)
+            engine = JsonEngine(files[source].decode("utf-8-sig"), added)
             tokenizer_class = "PreTrainedTokenizerFast"
         else:
             legacy = config.get("legacy")
@@ -652,7 +660,7 @@ def _read_json(path: Path) -> Dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON file ({error}); copy it from its publisher again.") from error
     if not isinstance(values, dict):

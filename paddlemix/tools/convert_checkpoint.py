@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.hub import LORA_FILES, SMALL_FILES, has_tokenizer
+from paddlemix.models.llava.hub import LORA_FILES, SMALL_FILES
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
 from paddlemix.tools.command_line import Parser
@@ -76,29 +76,40 @@ def convert(
                 f"--output_dir {output} is or contains {needed}, which the checkpoint {source} is read from; name another "
                 "folder."
             )
-    processor = LlavaProcessor.from_pretrained(processor_folder(source), config=config)
+    processor = LlavaProcessor.from_pretrained(source, config=config)
     image_token = None
     if layout == "huggingface" and config.vision is not None:
         image_token = ImageToken(*token_ids(processor.tokenizer))
+    if layout == "huggingface" and processor.chat_template is not None:
+        logger.warning(
+            "The chat template of %s has no place in the layout huggingface; the copy will be asked as %s.",
+            source,
+            config.conversation_template,
+        )
+        processor.chat_template = None
     plan = open_plan(source, layout, dtype, image_token)
 
-    parent = output.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    # an empty folder that is there may be a disk of its own, or all that the user may write to
+    empty = output.is_dir() and not any(output.iterdir())
+    aside = output if empty else output.parent
+    aside.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(aside).free
     if plan.nbytes > free:
-        raise UserError(f"{parent} has {free / 1e9:.1f} GB free, but the weights take {plan.nbytes / 1e9:.1f} GB.")
-    partial = parent / f".{output.name}.{os.getpid()}.partial"
+        raise UserError(f"{aside} has {free / 1e9:.1f} GB free, but the weights take {plan.nbytes / 1e9:.1f} GB.")
+    partial = aside / f".{output.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None, desc=f"writing {layout}") as bar:
             plan.write(partial, max_shard_bytes, bar.update)
-        processor.tokenizer.save_pretrained(partial)
-        if processor.image_processor is not None:
-            processor.image_processor.save_pretrained(partial)
+        processor.save_pretrained(partial)
         if image_token is not None:
             add_tokens(partial, {IMAGE_TOKEN: image_token.image, PAD_TOKEN: image_token.pad})
             write_processor_config(partial, plan.config)
-        replace(partial, output)
+        if empty:  # config.json makes it a checkpoint, and comes last
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                os.rename(path, output / path.name)
+        else:
+            replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
@@ -135,16 +146,6 @@ def replace(partial: Path, output: Path) -> None:
     os.rename(output, old)
     os.rename(partial, output)
     shutil.rmtree(old)
-
-
-def processor_folder(folder: Path) -> Path:
-    """Where tokenizer and image processor are: an adapter that has none leaves them to its base."""
-    from paddlemix.models.llava import checkpoint
-
-    base = checkpoint.lora_base(folder)
-    if base is None or has_tokenizer(folder):
-        return folder
-    return processor_folder(base)
 
 
 # ---- what transformers' processor needs beside the weights ----

@@ -37,7 +37,7 @@ METRICS = {"exact": "exact match", "box": f"IoU >= {IOU_THRESHOLD}", "facts": "f
 
 
 class Turn(NamedTuple):
-    """One question to the model: the messages up to it, the pictures in them, and what is right."""
+    """One question to the model: the messages up to it, the pictures in them as they can be opened, and what is right."""
 
     row: int
     turn: int
@@ -48,18 +48,31 @@ class Turn(NamedTuple):
     facts: Optional[List[str]]
 
 
-def read_turns(data_file: str, limit: Optional[int] = None) -> List[Turn]:
-    """Every assistant turn of the first ``limit`` rows."""
+def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Optional[str] = None) -> List[Turn]:
+    """Every assistant turn of the first ``limit`` rows; pictures are looked for where fine-tuning looks for them: in
+    ``image_folder``, beside the file, in the working directory.
+
+    Raises:
+        UserError: a row that can't be read, or a picture that isn't there; with the row's place in the file.
+    """
     from paddlemix.datasets.files import RowFile
+    from paddlemix.datasets.supervised import resolve_image
     from paddlemix.models.llava.constants import IMAGE_TOKEN
     from paddlemix.processors.rows import parse_row
 
+    data_file = os.path.expanduser(data_file)
     rows = RowFile(data_file)
+    folders = [Path(image_folder).expanduser()] if image_folder else []
+    folders += [Path(data_file).parent, Path()]
     turns: List[Turn] = []
     for number in range(len(rows) if limit is None else min(limit, len(rows))):
         row = rows[number]
         try:
             messages, images = parse_row(row)
+            images = [resolve_image(image, folders) for image in images]
+            for image in images:
+                if isinstance(image, Path) and not image.is_file():
+                    raise UserError(f"{image} doesn't exist; expected a picture.")
             answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             types = _per_turn(row, "question_type", len(answers), str, "all")
             facts = _per_turn(row, "facts", len(answers), list, None)
@@ -109,7 +122,6 @@ def predict(
     processor,
     turns: Sequence[Turn],
     *,
-    image_folder: Path,
     batch_size: int = 8,
     max_new_tokens: int = 128,
     conv_mode: Optional[str] = None,
@@ -120,7 +132,6 @@ def predict(
     before the answer.
 
     Args:
-        image_folder: what relative paths of pictures are relative to.
         conv_mode: template name; default the checkpoint's.
         blank_image: shows a gray picture of the same size in place of each, to see what is answered without seeing.
         progress: show a progress bar on standard error.
@@ -133,13 +144,9 @@ def predict(
     from paddlemix.processors.images import load_image
 
     @lru_cache(maxsize=64)
-    def picture(source: str) -> Image.Image:
+    def picture(source: Any) -> Image.Image:
         image = load_image(source)
         return Image.new("RGB", image.size, (128, 128, 128)) if blank_image else image
-
-    def locate(source: str) -> str:
-        is_path = isinstance(source, str) and "://" not in source and not source.startswith("data:")
-        return str(image_folder / source) if is_path else source
 
     template = get_template(conv_mode) if conv_mode else processor.template
     lengths = [sum(len(message["content"]) for message in turn.messages) for turn in turns]
@@ -152,7 +159,7 @@ def predict(
             batch = []
             for i in chosen:
                 turn = turns[i]
-                images = [picture(locate(source)) for source in turn.images]
+                images = [picture(source) for source in turn.images]
                 messages = [*turn.messages, {"role": "assistant", "content": turn.reference}]
                 ids = processor.encode_messages(messages, [image.size for image in images], template).prompt(turn.turn)
                 beyond += len(ids) + max_new_tokens > limit and not model.config.rope_scaling
@@ -201,7 +208,7 @@ def table(figures: Dict[str, Dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def save_predictions(path: str, turns: Sequence[Turn], predictions: Dict[int, str]) -> None:
+def save_predictions(path: Path, turns: Sequence[Turn], predictions: Dict[int, str]) -> None:
     """JSON lines in the data file's order: row, turn, question, reference, prediction, question_type, metric, score."""
     with open(path, "w", encoding="utf-8") as file:
         for index in sorted(predictions):
@@ -224,7 +231,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder or name of the checkpoint")
     parser.add_argument("--data_file", required=True, help="JSON array or JSON lines, as fine-tuning takes it")
-    parser.add_argument("--image_folder", help="what pictures' paths are relative to [the data file's folder]")
+    parser.add_argument("--image_folder", help="where pictures are looked for first [the data file's folder]")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, help="rows to evaluate, from the first [all]")
@@ -242,9 +249,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     """Reads, predicts, saves; returns the figures of :func:`evaluate`."""
-    turns = read_turns(arguments.data_file, arguments.limit)
+    turns = read_turns(arguments.data_file, arguments.limit, arguments.image_folder)
     if arguments.output_file:
-        output = Path(arguments.output_file).absolute()
+        output = Path(arguments.output_file).expanduser().absolute()
         if output.is_dir():
             raise UserError(f"--output_file is {arguments.output_file}, which is a folder; expected a file.")
         if not output.parent.is_dir():
@@ -262,7 +269,6 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
         model,
         processor,
         turns,
-        image_folder=Path(arguments.image_folder or Path(arguments.data_file).parent),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         conv_mode=arguments.conv_mode,
@@ -274,7 +280,7 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
             predictions[index] = answer
     finally:  # a run that is stopped keeps the answers that it has
         if arguments.output_file and predictions:
-            save_predictions(arguments.output_file, turns, predictions)
+            save_predictions(output, turns, predictions)
     return evaluate(turns, predictions)
 
 
@@ -287,6 +293,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         figures = run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or arguments.output_file}: {error.strerror or error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -7,6 +7,7 @@ The merged folder has weights, config, tokenizer and image processor. It appears
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -63,6 +64,9 @@ def merge(
     target = Path(merge_model_path).expanduser() if merge_model_path else adapter
     if target.exists() and not target.is_dir():
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--merge_model_path names {target}, but nothing can be written to {there}.")
     base = checkpoint.resolve(model_name_or_path)
     processor = LlavaProcessor.from_pretrained(base, adapter=adapter)
     for needed in checkpoint.needed_folders(base, processor.config):
@@ -102,6 +106,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -358,7 +358,7 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
     import paddle.distributed as dist
 
     from paddlemix.trainer.arguments import SECRETS
-    from paddlemix.trainer.run_folder import begin_run, changed_keys, read_run
+    from paddlemix.trainer.run_folder import begin_run, changed_keys, fingerprint_files, read_run
 
     folder, before = Path(args.output_dir), None
     settings = {key: value for key, value in settings.items() if key not in SECRETS}
@@ -367,6 +367,8 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
         changed = changed_keys(before["settings"] if before else settings, settings)
         if changed and args.should_log:
             logger.warning("Going on with other settings than the run began with: %s.", ", ".join(changed))
+        if before and before.get("data") != fingerprint_files(data_files) and args.should_log:
+            logger.warning("Going on with other data than the run began with: its files have changed.")
     if args.should_save:
         begin_run(folder, settings, plan, data_files)
     if args.world_size > 1:
@@ -421,14 +423,12 @@ def benchmark(trainer: Any, metrics: Dict[str, float]) -> None:
 
     from paddlemix.trainer.memory import format_bytes
 
-    args, state = trainer.args, trainer.state
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
-    seconds = metrics["train_seconds"]
+    args, seconds = trainer.args, metrics["train_seconds"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if args.device.startswith("gpu"):
         peak = paddle.device.cuda.max_memory_allocated()
     if args.should_log:
-        logger.info("Effective samples per second: %.3f", state.global_step * size / seconds)
+        logger.info("Effective samples per second: %.3f", trainer.trained_samples * args.dataset_world_size / seconds)
         logger.info("Supervised tokens per second: %.2f", trainer.trained_supervised_tokens / seconds)
         logger.info("Peak memory: %s", format_bytes(peak))
 

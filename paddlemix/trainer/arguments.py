@@ -7,6 +7,7 @@ and data beside them.
 
 import difflib
 import json
+import logging
 import math
 import os
 import typing
@@ -108,6 +109,8 @@ ONE_OF = {
     "hybrid_parallel_topo_order": ["pp_first", "sharding_first"],
     "device": None,  # checked against what Paddle has
 }
+
+logger = logging.getLogger(__name__)
 
 PATHS = ("model_name_or_path", "text_model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter", "output_dir")
 
@@ -234,6 +237,13 @@ class FinetuneArguments(TrainingArguments):
             self.do_eval = evaluates and self.do_train
         elif not self.do_eval and evaluates:
             # an explicit "do_eval": false wins over the strategy, which PaddleNLP would let turn evaluation on
+            if self.load_best_model_at_end:
+                raise UserError(
+                    "load_best_model_at_end is true, but do_eval is false, so that there is no best model; set do_eval to true."
+                )
+            logger.warning(
+                "do_eval is false, so nothing is evaluated, whatever evaluation_strategy says; set it to true for that."
+            )
             self.evaluation_strategy = IntervalStrategy.NO
         if at_the_end:
             self.do_eval = False  # or PaddleNLP makes the strategy steps

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint_complete.json"
 UNWRITABLE = frozenset(
-    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM]
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG]
 )  # the disk's fault, not ours
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -57,6 +57,10 @@ NOT_THE_RUN = frozenset(
     "dataloader_num_workers skip_memory_metrics save_total_limit wandb_api_key wandb_http_proxy".split()
 )
 
+# Keys with other values of which a checkpoint is one of another model.
+_THE_MODEL = (
+    "model_name_or_path text_model_name_or_path lora lora_path pretrain_mm_mlp_adapter version tune_mm_mlp_adapter"
+).split()
 _EDGE = 1 << 20  # bytes at each end of a file that its checksum covers: cheap for files of any size
 
 
@@ -121,6 +125,12 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
             raise UserError(f"resume_from_checkpoint is true, but {folder} has no whole checkpoint.")
         return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
     if run is None:
+        whole = sorted(path.name for path in held if WHOLE_WEIGHTS.fullmatch(path.name))
+        if whole and settings.get("lora") and saves_model(settings):
+            raise UserError(
+                f"output_dir names {folder}, which holds a whole model ({whole[0]}), beside which an adapter would not be "
+                "read; name another folder."
+            )
         return RunPlan("start")
     stale = _run_files(folder, run)
     if resume is False:
@@ -146,7 +156,21 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     checkpoint = find_checkpoint(folder) if saves_model(run["settings"]) else None
     if checkpoint is None:
         return RunPlan("start", stale=stale)
+    for key in _THE_MODEL:
+        before, now = run["settings"].get(key), settings.get(key)
+        if _same_place(before) != _same_place(now):
+            raise UserError(
+                f"output_dir names {folder}, which holds an unfinished run with {key} {before!r}, not {now!r}; name another "
+                "folder, set overwrite_output_dir to true to begin afresh, or resume_from_checkpoint to true to go on with "
+                "it."
+            )
     return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+
+
+def _same_place(value: Any) -> Any:
+    """A value of the configuration, a path of this machine in one form; absent and false are the same."""
+    path = Path(value).expanduser() if isinstance(value, str) else None
+    return str(path.resolve()) if path is not None and path.exists() else value or None
 
 
 def trains(settings: Dict[str, Any]) -> bool:
@@ -383,7 +407,8 @@ def remove_old_checkpoints(folder: Path, keep: int, best: Optional[str] = None) 
 @contextmanager
 def write_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into; at the end its files move into ``folder``, each at once. Whole weights among them take
-    the place of all that were there, in whatever files: an index of shards would be read before them.
+    the place of all that were there, in whatever files: an index of shards would be read before them. So does an adapter, and
+    a tokenizer of others.
 
     An error leaves ``folder`` as it was.
     """
@@ -393,13 +418,18 @@ def write_aside(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        from paddlemix.processors.llava import replaced_files
+
         names = sorted(path.name for path in partial.iterdir())
         for name in names:
             os.replace(partial / name, folder / name)
-        if any(WHOLE_WEIGHTS.fullmatch(name) for name in names):
+        # an adapter beside whole weights, such as those that it was merged into once, would not be read either
+        if "lora_config.json" in names or any(WHOLE_WEIGHTS.fullmatch(name) for name in names):
             old = [path for path in folder.iterdir() if WHOLE_WEIGHTS.fullmatch(path.name) and path.name not in names]
             for path in sorted(old, key=lambda path: path.suffix != ".json"):
                 path.unlink()
+        for path in replaced_files(folder, names):
+            path.unlink()
         _sync_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

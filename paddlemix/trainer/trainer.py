@@ -124,6 +124,7 @@ class LlavaTrainer(Trainer):
         inner = self._inner_model
         self.noise = EmbeddingNoise(inner.llama.embed_tokens, args.neftune_noise_alpha) if args.neftune else None
         self.trained_supervised_tokens = 0
+        self.trained_samples = 0  # by this process, the samples of packed rows one by one
         self._tokens_at_log = 0
         self._tokens_seen = 0
         self._steps_begun = -1
@@ -244,6 +245,8 @@ class LlavaTrainer(Trainer):
                 if self._ranks > 1 and batch.get("pixel_values") is None:
                     loss = loss + self._no_picture_term()
             (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
+        packed = batch.get("segment_ids")
+        self.trained_samples += len(batch["input_ids"]) if packed is None else int(packed.max(axis=1).sum())
         if step_control + 1 == self.args.gradient_accumulation_steps:
             self._tokens_seen += total
             if self._ranks > 1:
@@ -356,7 +359,7 @@ class LlavaTrainer(Trainer):
                 continue
             trained.append(parameter)
             rate = rates.get(part_of(name))
-            ratio = 1.0 if rate is None else rate / args.learning_rate
+            ratio = 1.0 if rate in (None, args.learning_rate) else rate / args.learning_rate
             if name.endswith(".lora_B"):
                 ratio *= args.lora_plus_scale
             parameter.optimize_attr["learning_rate"] = ratio

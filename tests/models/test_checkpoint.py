@@ -138,6 +138,56 @@ def test_the_template_is_told_from_contents_never_from_the_path(tmp_path):
     )
 
 
+def test_hugging_faces_processor_tells_the_template(tmp_path, caplog):
+    mistral = changed("llava", text_config__model_type="mistral")
+    written = {
+        "{% for m in messages %}USER: {{ m }} ASSISTANT:{% endfor %}": "vicuna_v1",
+        "[INST] {{ m }} [/INST]": "mistral_instruct",
+        "<|im_start|>user": "chatml_direct",
+    }
+    for jinja, name in written.items():
+        for config in (mistral, tiny.CONFIGS["llava"]):
+            found = config_of(tmp_path, config, chat_template={"chat_template": jinja}).conversation_template
+            assert found == name
+    assert not caplog.records
+    (tmp_path / "chat_template.jinja").write_text("<|start_header_id|>user")
+    assert config_of(tmp_path, tiny.CONFIGS["llava"]).conversation_template == "vicuna_v1"
+    assert "is none of those that are known here" in caplog.text
+
+
+def test_paddlenlps_words_for_longer_contexts(tmp_path):
+    def scaled(kind):
+        return config_of(tmp_path, flat_config("llava", rope_scaling_type=kind, rope_scaling_factor=4.0))
+
+    plain = config_of(tmp_path, flat_config("llava", rope_scaling_type=None, rope_scaling_factor=1.0, alibi=False))
+    assert plain.rope_scaling is None
+    assert scaled("linear").rope_scaling == {"type": "linear", "factor": 4.0}
+    assert scaled("dynamic_ntk").rope_scaling == {"type": "dynamic", "factor": 4.0}
+    ntk = scaled("ntk")  # LlamaNTKScalingRotaryEmbedding of PaddleNLP
+    assert ntk.rope_scaling is None and ntk.max_position_embeddings == 4 * plain.max_position_embeddings
+    assert ntk.rope_theta == pytest.approx(plain.rope_theta * 4 ** (plain.head_dim / (plain.head_dim - 2)))
+    with pytest.raises(UserError, match="rope_scaling_type 'yarn'"):
+        scaled("yarn")
+    with pytest.raises(UserError, match="alibi true"):
+        config_of(tmp_path, flat_config("llava", alibi=True))
+
+
+def test_a_config_saved_by_notepad(tmp_path):
+    text = json.dumps(flat_config("llava"))
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    assert checkpoint.read_config(tmp_path).hidden_size == flat_config("llava")["hidden_size"]
+
+
+def test_the_pictures_of_a_separate_tower_are_treated_as_it_says(tmp_path):
+    folder = write_original(tmp_path / "llava", tower=tmp_path / "clip")
+    (folder / "preprocessor_config.json").unlink()  # the original release's checkpoints have none
+    own = {**tiny.PREPROCESSORS["llava"], "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    write_json(tmp_path / "clip" / "preprocessor_config.json", own)
+    assert LlavaProcessor.from_pretrained(folder).image_processor.image_mean == [0.5] * 3
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    assert LlavaProcessor.from_pretrained(folder).image_processor.image_mean != [0.5] * 3  # CLIP's own
+
+
 def test_a_decoder_alone(tmp_path):
     tokens = {"added_tokens_decoder": {"1": {"content": "<|im_start|>"}}}
     smollm = {**tokens, "chat_template": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}

@@ -112,6 +112,7 @@ def test_several_draws_per_prompt(golden, model):  # noqa: F811
         ({"top_p": 0}, "top_p is 0; expected"),
         ({"decode_strategy": "greedy"}, "decode_strategy is 'greedy'; expected one of"),
         ({"decode_strategy": "beam_search", "num_beams": 1}, "num_beams is 1"),
+        ({"decode_strategy": "beam_search", "early_stopping": "never"}, "early_stopping is 'never'"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; expected a whole number"),
         ({"temperature": "0.2"}, "temperature is '0.2'; expected a number"),
@@ -123,6 +124,20 @@ def test_several_draws_per_prompt(golden, model):  # noqa: F811
 def test_a_wrong_setting_is_named(model, given, message):  # noqa: F811
     with pytest.raises(UserError, match=message):
         model.generate(paddle.ones([1, 2], "int64"), **given)
+
+
+def test_settings_that_ask_for_nothing_here(golden, model):  # noqa: F811
+    """What only beams have; end tokens that the vocabulary lacks; a penalty on a prompt of nothing but a picture."""
+    ids = paddle.to_tensor(golden["short"])
+    plain, _ = model.generate(ids, max_new_tokens=4, eos_token_id=[])
+    for strategy in ("greedy_search", "beam_search"):
+        more = {"early_stopping": "never"} if strategy == "greedy_search" else {"num_beams": 2}
+        given = dict(max_new_tokens=4, min_new_tokens=2, eos_token_id=10**6, decode_strategy=strategy, **more)
+        found, _ = model.generate(ids, **given)
+        assert strategy == "beam_search" or found.tolist() == plain.tolist()
+    scores = np.ones([1, 5], np.float32)
+    assert (penalise_repetition(scores, [[-200, -200]], 1.5) == scores).all()
+    assert (penalise_repetition(scores, [[]], 1.5) == scores).all()
 
 
 def test_right_padding_is_refused(model):  # noqa: F811

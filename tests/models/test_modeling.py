@@ -127,7 +127,9 @@ def test_the_number_of_tiles_must_fit_the_pictures(model):
     [
         ({"mm_projector_type": "qformer"}, "mm_projector_type is 'qformer'; expected linear"),
         ({"mm_patch_merge_type": "stack"}, "mm_patch_merge_type is 'stack'; expected one of flat"),
-        ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints names no canvas"),
+        ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints names no canvas; set it in"),
+        ({"image_grid_pinpoints": "abc"}, "image_grid_pinpoints is 'abc'; expected a list"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "expected a type of linear or dynamic"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"conversation_template": "vicuna"}, "conversation_template is 'vicuna'; expected one of"),
@@ -171,6 +173,22 @@ def test_shapes_that_do_not_fit_are_named(model, ask):
         ask(model, input_ids=ids, attention_mask=paddle.ones([1, 3], "int64"), pixel_values=picture())
     with pytest.raises(UserError, match=r"input_ids has the shape \[1, 0\]"):
         ask(model, input_ids=paddle.zeros([1, 0], "int64"))
+
+
+@pytest.mark.parametrize("name", ["labels", "position_ids", "segment_ids"])
+def test_what_goes_with_the_tokens_has_their_shape(model, name):
+    ids = paddle.to_tensor([PROMPT])
+    for wrong in (ids[:, :3], ids.tile([2, 1])):
+        with pytest.raises(UserError, match=rf"{name} has the shape \[.*\]; expected \[1, 8\]"):
+            model(input_ids=ids, pixel_values=picture(), **{name: wrong.abs()})
+
+
+def test_what_paddlenlps_callers_pass_and_what_cannot_be_honoured(tmp_path):
+    build().save_pretrained(tmp_path)
+    LlavaLlamaForCausalLM.from_pretrained(tmp_path, tensor_parallel_degree=1, low_cpu_mem_usage=True)
+    for given in ({"tensor_parallel_degree": 2}, {"num_hidden_layers": 2}):
+        with pytest.raises(UserError, match="can't honour"):
+            LlavaLlamaForCausalLM.from_pretrained(tmp_path, **given)
 
 
 @pytest.mark.skipif(paddle.device.get_device() != "cpu", reason="a GPU computes in float16")

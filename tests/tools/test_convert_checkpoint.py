@@ -6,6 +6,7 @@ make_parity_golden.py; here it is held against the names, shapes and settings th
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -342,3 +343,43 @@ def test_a_disk_that_is_full_leaves_nothing_behind(sources, tmp_path):
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "can't be written: File too large" in failed.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_template_beside_a_checkpoint_goes_with_it(tmp_path, sources, caplog):
+    source = tmp_path / "source"
+    shutil.copytree(sources["toolkit", "llava"], source)
+    write_json(source / "chat_template.json", {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"]})
+    expected = LlavaProcessor.from_pretrained(source).template
+    for layout in ("toolkit", "original"):
+        assert run(source, tmp_path / layout, layout) == 0
+        assert LlavaProcessor.from_pretrained(tmp_path / layout).template == expected
+    with caplog.at_level("WARNING", logger="paddlemix"):
+        assert run(source, tmp_path / "huggingface", "huggingface") == 0
+    assert "has no place in the layout huggingface" in caplog.text
+    assert not (tmp_path / "huggingface" / "chat_template.json").exists()
+
+
+def test_what_hugging_faces_layout_cannot_say_is_refused_and_a_window_is_kept(tmp_path, capsys):
+    marked = write_toolkit(tmp_path / "marked", mm_use_im_start_end=True)
+    assert "mm_use_im_start_end is True" in refused(capsys, marked, tmp_path / "out", "huggingface")
+    windowed, model = tmp_path / "windowed", LlavaLlamaForCausalLM.from_pretrained(marked)
+    model.config.sliding_window, model.config.mm_use_im_start_end = 12, False
+    model.save_pretrained(windowed)
+    LlavaProcessor.from_pretrained(marked, config=model.config).save_pretrained(windowed)
+    for layout in LAYOUTS:
+        assert run(windowed, tmp_path / layout, layout) == 0
+        assert checkpoint.read_config(tmp_path / layout).sliding_window == 12
+
+
+def test_an_empty_folder_is_written_into_and_not_replaced(sources, tmp_path):
+    """It may be a mounted disk, or lie where the user can write nothing else."""
+    out = tmp_path / "parent" / "out"
+    out.mkdir(parents=True)
+    before = out.stat().st_ino
+    (tmp_path / "parent").chmod(0o555)
+    try:
+        assert run(sources["toolkit", "llava"], out, "original") == 0
+    finally:
+        (tmp_path / "parent").chmod(0o755)
+    assert out.stat().st_ino == before and not [path for path in out.iterdir() if path.name.startswith(".")]
+    same_weights(out, sources["toolkit", "llava"])

@@ -221,6 +221,20 @@ def test_mistakes_are_one_sentence(checkpoint, data, capsys, rows, more, sentenc
     assert status == 1 and len(message) == 1 and sentence in message[0]
 
 
+def test_pictures_are_found_where_fine_tuning_finds_them(checkpoint, data, tmp_path, monkeypatch, capsys):
+    (data / "sub").mkdir()
+    (data / "elsewhere").mkdir()
+    (data / "blue.png").rename(data / "sub" / "blue.png")
+    rows = [{"image": name, "conversations": [["<image>\nQ", "A"]]} for name in ("red.png", "blue.png")]
+    file = write(data / "sub" / "test.json", rows)
+    monkeypatch.chdir(data)
+    assert run(checkpoint, file, "--image_folder", str(data / "elsewhere"))[0] == 0
+    (data / "red.png").unlink()
+    assert run(checkpoint, file)[0] == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"error: {file}") and "row 1" in message and "red.png doesn't exist" in message
+
+
 def test_an_evaluation_that_is_stopped_keeps_its_answers(checkpoint, data, monkeypatch, capsys):
     """Ctrl-C while the second batch is answered."""
     from paddlemix.evaluation import answers

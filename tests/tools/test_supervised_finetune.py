@@ -321,6 +321,55 @@ def test_benchmark_reports_and_saves_nothing(room, tmp_path, caplog):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_benchmark_counts_the_samples(room, tmp_path, monkeypatch, packed):
+    """12 rows in batches of 5, the last of which is short; or in packs of several."""
+    from paddlemix.tools import supervised_finetune
+
+    counted = []
+    benchmark = supervised_finetune.benchmark
+    monkeypatch.setattr(
+        supervised_finetune,
+        "benchmark",
+        lambda trainer, metrics: (counted.append(trainer.trained_samples), benchmark(trainer, metrics)),
+    )
+    config = configure(
+        room, tmp_path / "out", benchmark=True, save_strategy="no", max_steps=-1, num_train_epochs=1,
+        per_device_train_batch_size=1 if packed else 5, mixtoken=packed,
+    )  # fmt: skip
+    assert run([config]) == 0
+    assert counted == [12]
+
+
+def test_an_adapter_that_was_merged_in_place_and_trained_on_is_what_opens(room, tmp_path):
+    out = tmp_path / "out"
+    assert run([configure(room, out, lora=True, max_steps=1, save_steps=1)]) == 0
+    assert merge_main(["--lora_path", str(out)]) == 0 and (out / "model.safetensors").exists()
+    merged = answer(out, room)[1]
+    config = configure(room, out, lora=True, max_steps=3, save_steps=1, resume_from_checkpoint=True)
+    assert run([config]) == 0
+    assert not (out / "model.safetensors").exists()
+    assert np.abs(answer(out, room)[1] - merged).max() > 1e-4
+
+
+def test_a_merge_into_no_folder_is_one_sentence(room, tmp_path, capsys, lora_run):
+    (tmp_path / "file").write_text("")
+    assert merge_main(["--lora_path", str(lora_run), "--merge_model_path", str(tmp_path / "file" / "sub")]) == 1
+    assert f"nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_no_best_model_without_evaluation(room, tmp_path):
+    with pytest.raises(UserError, match="load_best_model_at_end is true, but do_eval is false"):
+        run([configure(
+            room, tmp_path / "out", dataset=with_eval(room), load_best_model_at_end=True, do_eval=False,
+            evaluation_strategy="epoch", save_strategy="epoch",
+        )])  # fmt: skip
+
+
+def test_learning_rates_of_nothing(room, tmp_path):
+    assert run([configure(room, tmp_path / "out", learning_rate=0.0, mm_projector_lr=0.0, max_steps=1)]) == 0
+
+
 def test_it_says_what_it_will_do(room, tmp_path, caplog):
     with caplog.at_level("INFO", logger="paddlemix"):
         run([configure(room, tmp_path / "out", max_steps=1, lora=True)])
@@ -440,7 +489,7 @@ def test_a_tower_that_is_read_is_neither_trained_nor_merged_over(room, tmp_path,
     tower, base = tmp_path / "clip", tmp_path / "base"
     write_original(base, tower=tower)
     before = contents(tower)
-    config = configure(room, tmp_path / "config", model_name_or_path=str(base), lora=True, max_steps=1)
+    config = configure(room, tmp_path / "config", model_name_or_path=str(base), max_steps=1)
     assert main([config, "--output_dir", str(tower), "--overwrite_output_dir", "true"]) == 1
     assert f"would remove or replace {tower}" in capsys.readouterr().err
     assert run([configure(room, tmp_path / "adapter", model_name_or_path=str(base), lora=True, max_steps=1)]) == 0
@@ -749,10 +798,17 @@ def test_the_template_of_the_data_is_the_one_that_the_result_is_asked_with(room,
     )
     vicuna = {"system": system, "conversation": ["USER: {{user}} ", "ASSISTANT: {{bot}}</s>"], "query": "USER: {{query}} ASSISTANT:"}  # fmt: skip
     entry["chat_template"] = chat_template(tmp_path / "templates", "vicuna.json", **vicuna)
-    config = configure(room, tmp_path / "known", max_steps=1, dataset={"train": [entry]}, version="llava_v1")
-    assert run([config]) == 0
-    assert json.loads((tmp_path / "known" / "config.json").read_text())["conversation_template"] == "vicuna_v1"
-    assert not (tmp_path / "known" / "chat_template.json").exists()
+    for name, more in (("known", {}), ("known-lora", {"lora": True}), ("known-pad", {"image_aspect_ratio": "pad"})):
+        config = configure(
+            room, tmp_path / name, max_steps=1, dataset={"train": [entry]}, version="llava_v1", **more
+        )  # fmt: skip
+        assert run([config]) == 0
+        assert json.loads((tmp_path / name / "config.json").read_text())["conversation_template"] == "vicuna_v1"
+        assert not (tmp_path / name / "chat_template.json").exists()
+    # a later run in the folder of an earlier one leaves nothing of its template
+    again = configure(room, tmp_path / "own", max_steps=1, version="llava_v1", overwrite_output_dir=True)
+    assert run([again]) == 0
+    assert LlavaProcessor.from_pretrained(tmp_path / "own").template.name == "llava_v1"
 
 
 def test_another_content_of_the_template_is_another_run(room, tmp_path, capsys):

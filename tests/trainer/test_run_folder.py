@@ -93,6 +93,27 @@ def test_overwriting_begins_afresh_where_it_is_another_run_or_a_finished_one(tmp
     assert plan_run({**done, "max_steps": 99, "resume_from_checkpoint": True}).checkpoint.name == "checkpoint-10"
 
 
+def test_a_checkpoint_of_another_model_is_not_gone_on_with(tmp_path):
+    (tmp_path / "model").mkdir()
+    given = run(tmp_path, steps=(10,), model_name_or_path=str(tmp_path / "model"))
+    for changes in ({"model_name_or_path": str(tmp_path)}, {"lora": True}, {"version": "v1"}):
+        with pytest.raises(UserError, match=f"unfinished run with {next(iter(changes))}"):
+            plan_run({**given, **changes})
+        assert plan_run({**given, **changes, "overwrite_output_dir": True}).action == "start"
+        assert plan_run({**given, **changes, "resume_from_checkpoint": True}).action == "resume"
+    other_words = {"model_name_or_path": f"{tmp_path}/./model", "lora": False}
+    assert plan_run({**given, **other_words}).action == "resume"
+
+
+def test_no_adapter_is_put_beside_a_whole_model(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    given = settings(tmp_path, overwrite_output_dir=True)
+    assert plan_run(given).action == "start"
+    with pytest.raises(UserError, match="holds a whole model .*beside which an adapter would not be read"):
+        plan_run({**given, "lora": True})
+
+
 def test_other_data_are_another_run(tmp_path):
     data = tmp_path / "train.json"
     data.write_text("[]")

@@ -86,7 +86,8 @@ def num_image_features(size: Sequence[int], config: "LlavaConfig") -> int:
 
     With ``mm_patch_merge_type`` ``flat``: all features of all tiles. ``spatial``: the same number, the tiles' features
     in reading order of the picture. ``spatial_unpad``: without the rows and columns that only hold padding, and with
-    a newline after each row; a picture of one tile gets one newline at its end.
+    a newline after each row. A picture that isn't cut into tiles gives its features alone (the original release merges
+    only what comes as a list of pictures' tiles).
 
     Raises:
         UserError: ``cls_patch`` with a spatial merge of several tiles. A class token has no place in the grid (the
@@ -96,9 +97,7 @@ def num_image_features(size: Sequence[int], config: "LlavaConfig") -> int:
     per_tile = vision.num_patches + (config.mm_vision_select_feature == "cls_patch")
     tiles = num_tiles(size, config)
     merge = config.mm_patch_merge_type
-    if tiles == 1:
-        return per_tile + (merge == "spatial_unpad")
-    if merge == "flat":
+    if tiles == 1 or merge == "flat":
         return tiles * per_tile
     if per_tile != vision.num_patches:
         raise UserError(
@@ -158,14 +157,12 @@ def pack_image_features(
             f"A picture of {int(size[0])} x {int(size[1])} pixels came with {tiles} tiles of {per_tile} features; "
             f"expected {wanted[0]} of {wanted[1]} by image_aspect_ratio {config.image_aspect_ratio!r} and the tower."
         )
-    if merge == "flat" or (merge == "spatial" and tiles == 1):
+    if merge == "flat" or tiles == 1:
         return features.reshape([tiles * per_tile, depth])
     if merge == "spatial_unpad":
         if image_newline is None:
             raise UserError("mm_patch_merge_type is 'spatial_unpad', but the model has no image_newline.")
         image_newline = image_newline.astype(features.dtype)
-        if tiles == 1:
-            return paddle.concat([features[0], image_newline.reshape([1, depth])])
 
     side = vision.grid_size
     columns, rows = grid_shape(size, config.image_grid_pinpoints, vision.image_size)

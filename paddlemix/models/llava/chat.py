@@ -167,7 +167,7 @@ class LlavaChat:
         self.stop_strings = tuple(dict.fromkeys([*self.template.stop_strings, *stop]))
         self.settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
-            decode_strategy="sampling" if temperature > 0 else "greedy_search",
+            decode_strategy="greedy_search" if temperature == 0 else "sampling",
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

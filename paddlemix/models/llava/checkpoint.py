@@ -22,7 +22,7 @@ import paddle
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts, published_configs
 from paddlemix.models.llava.configuration import LlavaConfig
-from paddlemix.models.llava.hub import local_tower, resolve, resolve_tower
+from paddlemix.models.llava.hub import has_tokenizer, local_tower, resolve, resolve_tower
 from paddlemix.models.llava.onednn import keep_to_one_thread
 from paddlemix.models.llava.tensor_files import (
     FLOAT_DTYPES,
@@ -54,10 +54,12 @@ __all__ = [
     "merge_lora",
     "needed_folders",
     "no_init",
+    "processor_folder",
     "read_config",
     "resolve",
     "save_model",
     "save_weights",
+    "separate_tower",
     "stored_dtype",
     "with_bases",
 ]
@@ -153,11 +155,7 @@ def _no_checkpoint(folder: Path) -> UserError:
 
 def _tower_sizes(name: str, folder: Path) -> Dict[str, Any]:
     """Sizes of the CLIP tower of a flat checkpoint without a vision_config of its own."""
-    shapes, hint = {}, published_configs.KNOWN_TOWERS.get(name)
-    for published, tensor in open_weights(folder).items() if find_weights(folder) else ():
-        known, target = layouts.read_name(published)
-        if known and target is not None and target.startswith(layouts.TOWER):
-            shapes[target] = tuple(tensor.shape)
+    shapes, hint = _tower_shapes(folder), published_configs.KNOWN_TOWERS.get(name)
     if not shapes or not hint or tuple(shapes.get(layouts.TOWER + "class_embedding", ())) != (hint["hidden_size"],):
         place = local_tower(name, folder)
         if place is not None:
@@ -168,6 +166,26 @@ def _tower_sizes(name: str, folder: Path) -> Dict[str, Any]:
         return dict(hint)
     config = resolve_tower(name, folder, paddle_first=_is_toolkit_folder(folder)) / "config.json"
     return published_configs.clip_sizes(read_json(config), config)
+
+
+def _tower_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
+    """Our name -> stored shape of the vision tower's tensors among a checkpoint's own weights."""
+    shapes = {}
+    for published, tensor in open_weights(folder).items() if find_weights(folder) else ():
+        known, target = layouts.read_name(published)
+        if known and target is not None and target.startswith(layouts.TOWER):
+            shapes[target] = tuple(tensor.shape)
+    return shapes
+
+
+def separate_tower(folder: Path, config: LlavaConfig) -> Optional[Path]:
+    """The folder of the CLIP tower that ``mm_vision_tower`` names, if it is on this machine or has to be; None for one inside
+    the checkpoint's weights, or one whose pictures are known to be CLIP's."""
+    name = config.mm_vision_tower
+    place = local_tower(name, folder) if name else None
+    if place is not None or not name or name in published_configs.KNOWN_TOWERS or _tower_shapes(folder):
+        return place
+    return resolve_tower(name, folder, paddle_first=_is_toolkit_folder(folder))
 
 
 def _is_toolkit_folder(folder: Path) -> bool:
@@ -494,6 +512,11 @@ def needed_folders(folder: Path, config: LlavaConfig) -> List[Path]:
     folders = with_bases(folder)
     towers = [local_tower(config.mm_vision_tower, each) for each in folders] if config.mm_vision_tower else []
     return [*folders, *(tower for tower in towers if tower is not None)]
+
+
+def processor_folder(folder: Path) -> Path:
+    """Where tokenizer and image processor are: an adapter that has none leaves them to its base."""
+    return next((each for each in with_bases(folder) if has_tokenizer(each)), folder)
 
 
 def stored_dtype(folder: Path) -> str:

@@ -157,7 +157,7 @@ class LlavaConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.head_dim = head_dim or hidden_size // max(1, num_attention_heads)
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
@@ -175,9 +175,14 @@ class LlavaConfig(PretrainedConfig):
         self.mm_use_im_start_end = bool(mm_use_im_start_end)
         self.image_aspect_ratio = image_aspect_ratio or "square"
         # the first v1.6 releases wrote the list as a string
-        self.image_grid_pinpoints = (
-            ast.literal_eval(image_grid_pinpoints) if isinstance(image_grid_pinpoints, str) else image_grid_pinpoints
-        )
+        if isinstance(image_grid_pinpoints, str):
+            try:
+                image_grid_pinpoints = ast.literal_eval(image_grid_pinpoints)
+            except (ValueError, SyntaxError):
+                raise UserError(
+                    f"image_grid_pinpoints is {image_grid_pinpoints!r}; expected a list of [width, height]."
+                ) from None
+        self.image_grid_pinpoints = image_grid_pinpoints
         self.conversation_template = conversation_template
         self.use_flash_attention = use_flash_attention
         self.demo_note = demo_note
@@ -232,7 +237,10 @@ class LlavaConfig(PretrainedConfig):
                 )
         if self.image_aspect_ratio == "anyres":
             if not self.image_grid_pinpoints:
-                raise UserError("image_aspect_ratio is 'anyres' but image_grid_pinpoints names no canvas.")
+                raise UserError(
+                    "image_aspect_ratio is 'anyres' but image_grid_pinpoints names no canvas; set it in the checkpoint's "
+                    "config.json ([[width, height], …] in multiples of the tower's image_size), or choose pad or square."
+                )
             size = self.vision_config["image_size"] if self.vision_config else None
             for pinpoint in self.image_grid_pinpoints:
                 if size and (len(pinpoint) != 2 or pinpoint[0] % size or pinpoint[1] % size):

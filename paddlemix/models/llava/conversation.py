@@ -163,7 +163,7 @@ def get_template(name: Union[str, Template]) -> Template:
     """
     if hasattr(name, "render_spans"):
         return name
-    if name not in conv_templates:
+    if not isinstance(name, str) or name not in conv_templates:
         raise UserError(f"No conversation template {name!r}; expected one of {', '.join(conv_templates)}.")
     return conv_templates[name]
 

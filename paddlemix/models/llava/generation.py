@@ -6,7 +6,7 @@ Shapes: B rows, V vocabulary, L new tokens.
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import paddle
@@ -86,12 +86,12 @@ class GenerationSettings:
         require(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1")
         require(self.repetition_penalty > 0, "repetition_penalty", "a number above 0")
         require(self.seed is None or whole("seed", 0), "seed", "a whole number, 0 or more, or None")
-        require(isinstance(self.early_stopping, bool), "early_stopping", "true or false")
         ends = all(isinstance(each, (int, np.integer)) for each in self.eos_token_ids)
         require(ends, "eos_token_ids", "token ids, each of which ends an answer by itself")
         require(whole("num_return_sequences", 1), "num_return_sequences", "a whole number of at least 1")
         if self.decode_strategy == "beam_search":
             require(whole("num_beams", 2), "num_beams", "a whole number of at least 2 for beam_search")
+            require(isinstance(self.early_stopping, bool), "early_stopping", "true or false")
             require(self.num_return_sequences <= self.num_beams, "num_return_sequences", "at most num_beams")
         elif self.decode_strategy == "greedy_search":
             require(self.num_return_sequences == 1, "num_return_sequences", "1 with greedy_search")
@@ -198,9 +198,16 @@ def penalise_repetition(scores: np.ndarray, seen: List[List[int]], penalty: floa
     """scores [B, V] with the tokens that each row has seen made less likely; placeholders (negative ids) don't count."""
     scores = scores.copy()
     for row, ids in enumerate(seen):
-        ids = np.unique([i for i in ids if i >= 0])
+        ids = np.unique(np.array([i for i in ids if i >= 0], dtype=np.int64))
         held = scores[row, ids]
         scores[row, ids] = np.where(held > 0, held / penalty, held * penalty)
+    return scores
+
+
+def forbid(scores: np.ndarray, ids: Iterable[int]) -> np.ndarray:
+    """scores [..., V] without those tokens; ids that the vocabulary lacks can't come anyway."""
+    scores = scores.copy()
+    scores[..., [each for each in ids if 0 <= each < scores.shape[-1]]] = -np.inf
     return scores
 
 
@@ -229,8 +236,7 @@ class Sampler:
         if settings.repetition_penalty != 1.0:
             scores = penalise_repetition(scores, seen, settings.repetition_penalty)
         if step < settings.min_new_tokens and settings.eos_token_ids:
-            scores = scores.copy()
-            scores[:, settings.eos_token_ids] = -np.inf
+            scores = forbid(scores, settings.eos_token_ids)
         ids = scores.argmax(axis=1) if self.greedy else np.array([self._draw(row) for row in scores])
         top = scores.max(axis=1)
         partition = np.exp(scores - top[:, None]).sum(axis=1)
@@ -313,7 +319,7 @@ def beam_search(
             logits = paddle.to_tensor(penalised)
         log_probs = F.log_softmax(logits.astype("float32"), axis=-1).numpy().reshape(prompts, beams, -1)
         if step < settings.min_new_tokens and eos:
-            log_probs[..., list(eos)] = -np.inf
+            log_probs = forbid(log_probs, eos)
         vocabulary = log_probs.shape[-1]
         rows, tokens = [], []
         for p in range(prompts):

@@ -41,6 +41,19 @@ __all__ = ["LlavaLlamaForCausalLM", "LlavaModel", "LlavaOutput"]
 logger = logging.getLogger(__name__)
 
 
+# Arguments that PaddleNLP's from_pretrained has, with the values that leave nothing to do here.
+_ASKS_FOR_NOTHING = {
+    "tensor_parallel_degree": (1, -1, None),
+    "tensor_parallel_rank": (0, None),
+    "tensor_parallel_output": (True, False, None),
+    "low_cpu_mem_usage": (True, False),
+    "convert_from_torch": (True, False, None),
+    "ignore_mismatched_sizes": (False,),
+    "from_aistudio": (False, None),
+    "from_hf_hub": (False, None),
+}
+
+
 class LlavaOutput(tuple):
     """What a forward gives: (loss, logits) where labels were given, else (logits,), as PaddleNLP's models do.
 
@@ -175,7 +188,12 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Union[str, Path], *, config: Optional[LlavaConfig] = None, dtype=None
+        cls,
+        pretrained_model_name_or_path: Union[str, Path],
+        *,
+        config: Optional[LlavaConfig] = None,
+        dtype=None,
+        **kwargs,
     ) -> "LlavaLlamaForCausalLM":
         """Opens any layout of interface section 4: a folder, or a name that is downloaded.
 
@@ -184,12 +202,19 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU. There bfloat16 takes
                 half of the memory, and less time on processors that multiply in it (AVX512_BF16); it answers under
                 ``paddle.no_grad()`` only, as ``generate`` and a chat do. float16 can be opened and saved.
+            kwargs: what PaddleNLP's callers pass though it asks for nothing here, such as ``tensor_parallel_degree=1``.
 
         Raises:
             UserError: unknown name, half a checkpoint, a tensor that is missing, unexpected or wrongly shaped.
         """
         from paddlemix.models.llava import checkpoint
 
+        for name, value in kwargs.items():
+            if name not in _ASKS_FOR_NOTHING or value not in _ASKS_FOR_NOTHING[name]:
+                raise UserError(
+                    f"from_pretrained() can't honour {name}={value!r}; it takes config and dtype. Other choices stand in the "
+                    "checkpoint's config.json."
+                )
         folder = checkpoint.resolve(pretrained_model_name_or_path)
         config = config or checkpoint.read_config(folder)
         if dtype is None:
@@ -311,6 +336,10 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         """
         if inputs_embeds is None:
             self._check_prompts(input_ids, attention_mask)
+        shape = list((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
+        for name, given in (("labels", labels), ("position_ids", position_ids), ("segment_ids", segment_ids)):
+            if given is not None and list(given.shape) != shape:
+                raise UserError(f"{name} has the shape {list(given.shape)}; expected {shape}, as the prompts have.")
         # on a CPU weights in bfloat16 can't learn, so a pass without labels isn't for learning either
         fixed = labels is None and self.llama.embed_tokens.weight.dtype == paddle.bfloat16 and on_cpu()
         with paddle.no_grad() if fixed else contextlib.nullcontext():

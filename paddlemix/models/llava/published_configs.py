@@ -137,7 +137,11 @@ def _decoder(raw: Mapping[str, Any], path: Path, mistral: bool, defaults: Mappin
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise UserError(f"{path} has {key} true; expected a LLaMA decoder without biases.")
+    for key in ("alibi", "use_long_sequence_strategies"):  # PaddleNLP's
+        if raw.get(key):
+            raise UserError(f"{path} has {key} true; expected a decoder with rotary positions.")
     values = {key: raw.get(key, default) for key, default in defaults.items()}
+    _read_paddle_scaling(raw, path, values)
     parameters = raw.get("rope_parameters")  # transformers 5
     if isinstance(parameters, dict):
         values["rope_theta"] = parameters.get("rope_theta", values["rope_theta"])
@@ -160,6 +164,22 @@ def _decoder(raw: Mapping[str, Any], path: Path, mistral: bool, defaults: Mappin
     if isinstance(dtype, str):
         values["dtype"] = dtype.replace("torch.", "").replace("paddle.", "")
     return values
+
+
+def _read_paddle_scaling(raw: Mapping[str, Any], path: Path, values: Dict[str, Any]) -> None:
+    """PaddleNLP's words for positions past the trained length, if there are any, as ours in ``values``."""
+    kind, factor = raw.get("rope_scaling_type"), raw.get("rope_scaling_factor", 1.0)
+    if kind is None:
+        return
+    if kind not in ("linear", "ntk", "dynamic_ntk"):
+        raise UserError(f"{path} has rope_scaling_type {kind!r}; expected linear, ntk or dynamic_ntk.")
+    if kind != "ntk":
+        values["rope_scaling"] = {"type": "linear" if kind == "linear" else "dynamic", "factor": factor}
+        return
+    # the base grows once and for all (LlamaNTKScalingRotaryEmbedding)
+    width = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+    values["rope_theta"] *= factor ** (width / (width - 2))
+    values["max_position_embeddings"] = int(values["max_position_embeddings"] * factor)
 
 
 def _is_mistral(raw: Mapping[str, Any]) -> bool:
@@ -230,6 +250,8 @@ def read_nested(raw: Mapping[str, Any], path: Path, pads: bool, has_head: Callab
         has_head: whether the weights have an lm_head; asked where the config doesn't settle it.
     """
     text = dict(raw.get("text_config") or {})
+    if "conversation_template" in raw:  # written by this project
+        text["conversation_template"] = raw["conversation_template"]
     text_type = text.get("model_type", "llama")
     if text_type not in _TEXT_TYPES:
         raise UserError(f"{path} has a decoder of model_type {text_type!r}; expected {' or '.join(_TEXT_TYPES)}.")
@@ -368,11 +390,22 @@ def pads_pictures(folder: Path) -> bool:
 def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
     """The template that a checkpoint was trained with, where its config doesn't say: from structural facts alone.
 
-    Mistral's architecture comes with Mistral's instruction format, a tokenizer that has <|im_start|> with ChatML, and
-    all others were trained as Vicuna v1.
+    Hugging Face's processors have a Jinja template, whose marks tell it. Else Mistral's architecture comes with Mistral's
+    instruction format, a tokenizer that has <|im_start|> with ChatML, and all others were trained as Vicuna v1.
     """
     if raw.get("conversation_template"):
         return str(raw["conversation_template"])
+    jinja = _processor_template(folder) if "text_config" in raw else ""
+    if jinja:
+        llama_2 = "llava_llama_2" if "<<SYS>>" in jinja else "mistral_instruct"
+        marks = {"<|im_start|>": chatml_template(jinja), "[INST]": llama_2, "USER:": "vicuna_v1"}
+        for mark, name in marks.items():
+            if mark in jinja:
+                return name
+        logger.warning(
+            "The chat template of %s is none of those that are known here, so prompts are written in another one.",
+            folder,
+        )
     if _is_mistral(raw) or _is_mistral(raw.get("text_config") or {}):
         return "mistral_instruct"
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"):
@@ -391,6 +424,18 @@ def _chat_template(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     value = read_json(path).get("chat_template") if path.is_file() else None
     return value if isinstance(value, str) else ""
+
+
+def _processor_template(folder: Path) -> str:
+    """The Jinja template that Hugging Face's processor in the folder writes prompts by; empty where there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    for name in ("chat_template.json", "processor_config.json"):
+        value = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(value, str):
+            return value
+    return ""
 
 
 def files_of(folder: Path) -> List[str]:
@@ -440,6 +485,7 @@ def write_nested(config: LlavaConfig, dtype: str, image_token: int, pad_token: i
         return _plain_llama(config, text)
     for key, allowed in (
         ("mm_projector_type", ("mlp2x_gelu",)),
+        ("mm_use_im_start_end", (False,)),
         ("mm_patch_merge_type", ("spatial_unpad",) if config.image_aspect_ratio == "anyres" else ("flat",)),
     ):
         if getattr(config, key) not in allowed:
@@ -484,6 +530,8 @@ def _written_decoder(config: LlavaConfig, dtype: str) -> Dict[str, Any]:
     if scaling is not None:  # both words for it, as older and newer transformers look for one of them
         kind = scaling.get("type", scaling.get("rope_type"))
         values["rope_scaling"] = {"type": kind, "rope_type": kind, "factor": float(scaling["factor"])}
+    if config.sliding_window:
+        values["sliding_window"] = config.sliding_window
     return {**values, "pad_token_id": config.pad_token_id, "torch_dtype": dtype}
 
 

@@ -307,6 +307,8 @@ def fill(out: np.ndarray, dtype: str, tensor: StoredTensor, transpose: bool = Fa
         out: C-contiguous array of the target's shape in ``numpy_dtype(dtype)``.
         tensor: of the same shape, or [O, I] for ``out`` [I, O] if ``transpose``.
     """
+    if isinstance(tensor, StridedTensor):  # whose every piece takes all of the storage
+        tensor = MemoryTensor(tensor.read(), tensor.dtype)
     stored = numpy_dtype(tensor.dtype)
     if transpose:
         rows, columns = tensor.shape
@@ -361,7 +363,7 @@ def read_json(path: Path) -> Dict[str, Any]:
     if raw.startswith(_LFS_POINTER):
         raise UserError(_lfs_message(path))
     try:
-        values = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch or write the file again.") from error
     if not isinstance(values, dict):
