@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
-from paddlemix.tools.command_line import Parser
+from paddlemix.tools.command_line import Parser, exit_status
 
 logger = logging.getLogger("paddlemix.check_dataset")
 
@@ -350,19 +350,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     quiet_start()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets the report
-    try:
+
+    def work() -> int:
         sound = check(*parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the report has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    print("sound: training can start" if sound else "not sound: mend the problems above before training")
-    return 0 if sound else 1
+        print("sound: training can start" if sound else "not sound: mend the problems above before training")
+        return 0 if sound else 1
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.hub import LORA_FILES, SMALL_FILES
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
-from paddlemix.tools.command_line import Parser
+from paddlemix.tools.command_line import Parser, exit_status
 
 logger = logging.getLogger("paddlemix.convert")
 
@@ -212,24 +212,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     quiet_start()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("paddlemix").setLevel(logging.INFO)
-    try:
+
+    def work() -> int:
         import paddle
 
         paddle.set_device("cpu")
-        output = convert(
-            args.model_name_or_path, args.output_dir, args.layout, args.dtype, args.max_shard_size, args.overwrite
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {args.output_dir} can't be written: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    print(output)
-    return 0
+        try:
+            output = convert(
+                args.model_name_or_path, args.output_dir, args.layout, args.dtype, args.max_shard_size, args.overwrite
+            )
+        except OSError as error:
+            raise UserError(f"{args.output_dir} can't be written: {error.strerror or error}.") from error
+        print(output)
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
-from paddlemix.tools.command_line import Parser
+from paddlemix.tools.command_line import Parser, exit_status
 
 logger = logging.getLogger("paddlemix.evaluate")
 
@@ -285,23 +285,15 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    try:
+    def work() -> int:
         arguments = parse(argv)
         from paddlemix.runtime import prepare_cpu
 
         prepare_cpu()
-        figures = run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or arguments.output_file}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    print(table(figures))
-    return 0
+        print(table(run(arguments)))
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

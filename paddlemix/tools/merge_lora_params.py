@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
 
 from paddlemix.errors import UserError
 from paddlemix.runtime import prepare_cpu, quiet_start
-from paddlemix.tools.command_line import Parser
+from paddlemix.tools.command_line import Parser, exit_status
 
 logger = logging.getLogger("paddlemix.merge")
 
@@ -89,27 +89,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     quiet_start()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("paddlemix").setLevel(logging.INFO)
-    try:
+
+    def work() -> int:
         import paddle
 
         from paddlemix.trainer.arguments import check_device
 
         paddle.set_device(check_device({"device": args.device}))
         merge(args.lora_path, args.merge_model_path, args.model_name_or_path, args.dtype)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        from paddlemix.trainer.run_folder import UNWRITABLE
+        return 0
 
-        if error.errno not in UNWRITABLE:
-            raise
-        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
 
 from paddlemix.errors import UserError
 from paddlemix.runtime import prepare_cpu, quiet_start
+from paddlemix.tools.command_line import exit_status
 
 logger = logging.getLogger("paddlemix.finetune")
 
@@ -457,21 +458,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0 if argv else 1
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("paddlemix").setLevel(logging.INFO)
-    try:
-        return run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        from paddlemix.trainer.run_folder import UNWRITABLE
-
-        if error.errno not in UNWRITABLE:
-            raise
-        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted before a checkpoint was saved.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(argv), "error: interrupted before a checkpoint was saved.")
 
 
 if __name__ == "__main__":

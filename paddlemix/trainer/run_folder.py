@@ -5,7 +5,6 @@ file's size and checksum, so that one which was cut short or damaged later is to
 No paddle here: a folder is judged before anything heavy starts.
 """
 
-import errno
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from paddlemix.errors import UserError
 
 __all__ = [
     "MARKER",
-    "UNWRITABLE",
     "RunPlan",
     "find_checkpoint",
     "is_whole",
@@ -35,9 +33,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint_complete.json"
-UNWRITABLE = frozenset(
-    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG]
-)  # the disk's fault, not ours
 RUN_FILE = "run.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL = re.compile(

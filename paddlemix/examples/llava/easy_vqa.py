@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from paddlemix.errors import UserError
+from paddlemix.tools.command_line import exit_status
 
 PROMPT = "Answer the question using a single word or phrase."  # LLaVA-1.5's prompt for short answers
 
@@ -95,19 +96,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--test_rounds", type=int, default=1, help="the same for test.json [1: each question alone]")
     parser.add_argument("--limit", type=_positive, default=None, help="rows of each file at most [all]")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         if min(options.rounds, options.test_rounds) < 0:
             raise UserError("--rounds and --test_rounds are 0 (all questions of a picture) or more.")
         source = package_data()
         for split, rounds in (("train", options.rounds), ("test", options.test_rounds)):
             print(convert(source, options.output_dir, split, rounds, options.limit))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: --output_dir {options.output_dir} can't be written: {error}.", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

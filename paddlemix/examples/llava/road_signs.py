@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from paddlemix.examples.llava.demo_recipe.scenes import Scene, SceneObject, draw_scene
+from paddlemix.tools.command_line import exit_status
 
 # what a sign looks like -> what it says, and whether one may go on
 SIGNS = {
@@ -72,9 +73,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="data/road_signs")
     arguments = parser.parse_args(argv)
-    write(Path(arguments.output_dir))
-    print(f"{len(TRAIN)} pictures to learn from and {len(TEST)} to test with are in {arguments.output_dir}")
-    return 0
+
+    def work() -> int:
+        write(Path(arguments.output_dir))
+        print(f"{len(TRAIN)} pictures to learn from and {len(TEST)} to test with are in {arguments.output_dir}")
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

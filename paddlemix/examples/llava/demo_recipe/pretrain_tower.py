@@ -21,10 +21,10 @@ from typing import Callable, Dict, List, Optional, Tuple
 import numpy as np
 from PIL import Image
 
-from paddlemix.errors import UserError
 from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa, object_box, object_labels, read_questions
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from paddlemix.examples.llava.demo_recipe.training import Checkpoint, make_optimizer, quick_products
+from paddlemix.tools.command_line import exit_status
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -354,12 +354,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--easy_vqa", help="easy-VQA's data folder (default: the installed package's)")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
+
+    def work() -> int:
         pretrain(vision=DEMO_VISION, **vars(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status(work, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

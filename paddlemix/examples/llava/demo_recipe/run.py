@@ -32,6 +32,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 
 from paddlemix.errors import UserError
+from paddlemix.tools.command_line import exit_status
 
 logger = logging.getLogger("paddlemix.demo_recipe")
 
@@ -237,12 +238,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     from paddlemix.runtime import prepare_cpu
 
     prepare_cpu()
-    try:
+
+    def work() -> int:
         Recipe(arguments).run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status(work, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":
