@@ -221,6 +221,8 @@ def main():
     parser.add_argument("--output", type=Path, help="JSON with all figures")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
+    if min(arguments.repeats, arguments.load_repeats) < 1:
+        parser.error("--repeats and --load-repeats are 1 or more: every side has to be opened, and figures are medians")
     everything = {}
     for shape in arguments.shapes:
         figures, same = measure(shape, arguments)
