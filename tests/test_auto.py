@@ -49,6 +49,15 @@ def test_toolkits_way_to_open_everything(folder):
     assert model(**batch).logits.shape == [*batch["input_ids"].shape, 32000]
 
 
+def test_words_of_the_models_and_the_tokenizers_own(folder):
+    assert AutoModelMIX.from_pretrained(folder, tensor_parallel_degree=1).config.vocab_size == 32000
+    with pytest.raises(UserError, match="can't honour tensor_parallel_degree=2"):
+        AutoModelMIX.from_pretrained(folder, tensor_parallel_degree=2)
+    assert AutoTokenizerMIX.from_pretrained(folder, model_max_length=512).model_max_length == 512
+    with pytest.raises(UserError, match="can't honour padding_side; it takes model_max_length"):
+        AutoTokenizerMIX.from_pretrained(folder, padding_side="left")
+
+
 def test_processor_need_not_be_unpacked(folder):
     processor = AutoProcessorMIX.from_pretrained(folder)
     assert isinstance(processor, LlavaProcessor) and processor.image_processor.image_aspect_ratio == "pad"

@@ -79,18 +79,21 @@ class AutoConfigMIX(_Auto):
 
 class AutoModelMIX(_Auto):
     @classmethod
-    def from_pretrained(cls, folder_or_name: Union[str, Path], config: Any = None, dtype: Optional[str] = None) -> Any:
+    def from_pretrained(
+        cls, folder_or_name: Union[str, Path], config: Any = None, dtype: Optional[str] = None, **settings
+    ) -> Any:
         """The model of a checkpoint, its weights loaded, ready to answer.
 
         Args:
             config: instead of the checkpoint's own.
             dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU.
+            settings: what the model's ``from_pretrained`` takes beside these.
 
         Raises:
             UserError: an unknown name or ``model_type``, half a checkpoint, a tensor that doesn't fit.
         """
         folder = cls._resolve(folder_or_name)
-        return _load(_classes(folder).model).from_pretrained(folder, config=config, dtype=dtype)
+        return _load(_classes(folder).model).from_pretrained(folder, config=config, dtype=dtype, **settings)
 
 
 class AutoProcessorMIX(_Auto):
@@ -132,13 +135,26 @@ class AutoProcessorMIX(_Auto):
 
 class AutoTokenizerMIX(_Auto):
     @classmethod
-    def from_pretrained(cls, folder_or_name: Union[str, Path]) -> Any:
+    def from_pretrained(
+        cls, folder_or_name: Union[str, Path], *, model_max_length: Optional[int] = None, **settings
+    ) -> Any:
         """The tokenizer of a checkpoint; of an adapter without one, its base's.
 
+        Args:
+            model_max_length: instead of what the tokenizer's files say.
+
         Raises:
-            UserError: an unknown name, no tokenizer in the folder.
+            UserError: an unknown name, no tokenizer in the folder, a setting that nothing here reads.
         """
         from paddlemix.models.llava.checkpoint import processor_folder
         from paddlemix.processors.tokenizer import load_tokenizer
 
-        return load_tokenizer(processor_folder(cls._resolve(folder_or_name)))
+        if settings:
+            raise UserError(
+                f"AutoTokenizerMIX can't honour {', '.join(sorted(settings))}; it takes model_max_length. Other settings "
+                "are attributes of the tokenizer that it gives."
+            )
+        tokenizer = load_tokenizer(processor_folder(cls._resolve(folder_or_name)))
+        if model_max_length is not None:
+            tokenizer.model_max_length = model_max_length
+        return tokenizer

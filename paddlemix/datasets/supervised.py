@@ -336,7 +336,7 @@ def resolve_image(image: Any, folders: Sequence[Path]) -> Any:
     if not isinstance(image, (str, os.PathLike)) or (isinstance(image, str) and _URL.match(image)):
         return image
     if os.path.isabs(image) or str(image).startswith("~"):
-        return Path(image).expanduser()
+        return Path(os.path.expanduser(image))
     places = [folder / image for folder in folders]
     return next((place for place in places if os.path.exists(place)), places[0])
 

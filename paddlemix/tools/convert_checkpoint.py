@@ -20,7 +20,8 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.hub import LORA_FILES, SMALL_FILES
+from paddlemix.models.llava.adapter_files import ADAPTER_FILES
+from paddlemix.models.llava.hub import SMALL_FILES
 from paddlemix.models.llava.layouts import LAYOUTS
 from paddlemix.runtime import prepare_cpu, quiet_start
 from paddlemix.tools.command_line import Parser, exit_status
@@ -30,7 +31,7 @@ logger = logging.getLogger("paddlemix.convert")
 DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 OF_A_CHECKPOINT = re.compile(
-    "|".join(re.escape(name) for name in (*SMALL_FILES, *LORA_FILES, ".gitattributes", "README.md", "LICENSE"))
+    "|".join(re.escape(name) for name in (*SMALL_FILES, *ADAPTER_FILES, ".gitattributes", "README.md", "LICENSE"))
     + r"|(model|pytorch_model|model_state|mm_projector)\b.*\.(safetensors|bin|pdparams|json)"
 )
 
@@ -65,7 +66,7 @@ def convert(
     from paddlemix.models.llava.conversion import ImageToken, open_plan
     from paddlemix.processors.llava import LlavaProcessor
 
-    output = Path(output_dir).expanduser().resolve()  # a link stays, and what it points to is written
+    output = Path(os.path.expanduser(output_dir)).resolve()  # a link stays, and what it points to is written
     check_output(output, overwrite)  # before anything is downloaded
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)

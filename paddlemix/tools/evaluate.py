@@ -62,7 +62,7 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
 
     data_file = os.path.expanduser(data_file)
     rows = RowFile(data_file)
-    folders = [Path(image_folder).expanduser()] if image_folder else []
+    folders = [Path(os.path.expanduser(image_folder))] if image_folder else []
     folders += [Path(data_file).parent, Path()]
     turns: List[Turn] = []
     for number in range(len(rows) if limit is None else min(limit, len(rows))):
@@ -251,7 +251,7 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     """Reads, predicts, saves; returns the figures of :func:`evaluate`."""
     turns = read_turns(arguments.data_file, arguments.limit, arguments.image_folder)
     if arguments.output_file:
-        output = Path(arguments.output_file).expanduser().absolute()
+        output = Path(os.path.expanduser(arguments.output_file)).absolute()
         if output.is_dir():
             raise UserError(f"--output_file is {arguments.output_file}, which is a folder; expected a file.")
         if not output.parent.is_dir():

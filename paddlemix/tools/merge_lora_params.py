@@ -50,18 +50,24 @@ def merge(
         UserError: a base or an adapter that isn't there, isn't whole, or doesn't fit the other.
     """
     from paddlemix.models.llava import checkpoint
+    from paddlemix.models.llava.adapter_files import config_of
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+    from paddlemix.models.llava.tensor_files import read_json
     from paddlemix.processors.llava import LlavaProcessor
-    from paddlemix.trainer.adapters import read_lora_config
     from paddlemix.trainer.run_folder import write_aside
 
     adapter = checkpoint.resolve(lora_path)
-    recorded = read_lora_config(adapter).get("base_model_name_or_path")
+    config = config_of(adapter)
+    if config is None:
+        raise UserError(
+            f"{adapter} has no lora_config.json (or adapter_config.json), so it isn't the folder of an adapter."
+        )
+    recorded = read_json(config).get("base_model_name_or_path")
     if model_name_or_path is None:
         if not recorded:
             raise UserError(f"{adapter} doesn't record its base; name it with --model_name_or_path.")
         model_name_or_path = recorded
-    target = Path(merge_model_path).expanduser() if merge_model_path else adapter
+    target = Path(os.path.expanduser(merge_model_path)) if merge_model_path else adapter
     if target.exists() and not target.is_dir():
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
@@ -74,8 +80,7 @@ def merge(
             raise UserError(f"--merge_model_path names {target}, which the base is read from; name another folder.")
 
     dtype = dtype or checkpoint.stored_dtype(base)
-    model = LlavaLlamaForCausalLM.from_pretrained(base, config=processor.config, dtype=dtype)
-    checkpoint.merge_lora(model, adapter)
+    model = LlavaLlamaForCausalLM.from_pretrained(base, config=processor.config, dtype=dtype, lora_path=adapter)
     with write_aside(target) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)

@@ -8,6 +8,7 @@ after it was killed, the same command goes on from the last whole checkpoint. SI
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -162,7 +163,7 @@ def weight_sources(args: Any, folder: Path, config: Any) -> List[Tuple[str, Path
     sources = [("model_name_or_path", each) for each in checkpoint.needed_folders(folder, config)]
     for key in ("lora_path", "pretrain_mm_mlp_adapter"):
         if getattr(args, key):
-            sources.append((key, Path(getattr(args, key)).expanduser()))
+            sources.append((key, Path(os.path.expanduser(getattr(args, key)))))
     return sources
 
 
@@ -254,7 +255,7 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter
     from paddlemix.trainer.adapters import add_lora, check_against_adapter, read_lora_config
     from paddlemix.trainer.weights import load_trained_weights
 
-    given = Path(args.model_name_or_path).expanduser()
+    given = Path(os.path.expanduser(args.model_name_or_path))
     base = str(folder.resolve()) if given.exists() else args.model_name_or_path
     options = {
         "rank": args.lora_rank,

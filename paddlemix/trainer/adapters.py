@@ -15,6 +15,7 @@ from paddle import nn
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.adapter_files import config_of
 from paddlemix.models.llava.lean import on_cpu
 
 __all__ = ["DEFAULT_TARGETS", "add_lora", "resolve_targets"]
@@ -117,6 +118,11 @@ def read_lora_config(folder: Path) -> Dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if config_of(Path(folder)) is not None:
+            raise UserError(
+                f"{folder} holds an adapter of PEFT's, which can be opened and merged but not trained on; merge it first "
+                "(merge_lora_params.py) and name the result as model_name_or_path."
+            ) from None
         raise UserError(f"{folder} has no lora_config.json, so it isn't the folder of an adapter.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}.") from None

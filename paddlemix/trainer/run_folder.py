@@ -89,7 +89,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     Raises:
         UserError: the folder holds something else and may not be overwritten, or the named checkpoint isn't whole.
     """
-    folder = Path(settings["output_dir"]).expanduser()
+    folder = Path(os.path.expanduser(settings["output_dir"]))
     overwrite = settings.get("overwrite_output_dir", False)
     resume = settings.get("resume_from_checkpoint")
     if folder.exists() and not folder.is_dir():
@@ -113,7 +113,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
         if run is not None and saves_model(run["settings"]):
             return _beside_model(folder, settings)
     if isinstance(resume, str):
-        return _resume_named(folder, Path(resume).expanduser(), run, overwrite)
+        return _resume_named(folder, Path(os.path.expanduser(resume)), run, overwrite)
     if resume is True:
         checkpoint = find_checkpoint(folder)
         if checkpoint is None:
@@ -164,7 +164,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
 
 def _same_place(value: Any) -> Any:
     """A value of the configuration, a path of this machine in one form; absent and false are the same."""
-    path = Path(value).expanduser() if isinstance(value, str) else None
+    path = Path(os.path.expanduser(value)) if isinstance(value, str) else None
     return str(path.resolve()) if path is not None and path.exists() else value or None
 
 
@@ -249,7 +249,7 @@ def _weight_files(settings: Dict[str, Any]) -> List[Path]:
     """Files that the run reads weights from, where folders or files of this machine are named."""
     found: List[Path] = []
     keys = ("model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter")
-    for path in [Path(settings[key]).expanduser() for key in keys if settings.get(key)]:
+    for path in [Path(os.path.expanduser(settings[key])) for key in keys if settings.get(key)]:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         found += [file for file in inside if file.suffix in (".safetensors", ".bin", ".pdparams", ".gguf")]
     return [file for file in found if file.is_file()]

@@ -68,7 +68,7 @@ def test_a_conversation_through_pipes(folder, tmp_path, environment):
         b"bro\xffken \r",
         b"/nonsense",
         b"/usr/bin holds what?",
-        b"/image nowhere.png",
+        "/image\u3000nowhere.png".encode(),  # the space of Chinese keyboards
         b"/undo",
         b"/retry",
         b"/save chat.json",
@@ -77,7 +77,7 @@ def test_a_conversation_through_pipes(folder, tmp_path, environment):
         b"/clear",
         b"/clear now",
         b"/box",
-        b"/load box.json",
+        b"/load\tbox.json",
         b"/box",
         b"/load 'chat.json'",
         b"/HELP",

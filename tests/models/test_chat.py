@@ -16,6 +16,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.chat import LlavaChat
 from paddlemix.models.llava.conversation import conv_templates
 from paddlemix.models.llava.features import PictureFeatures
+from paddlemix.processors.chat_template import ChatTemplate
 from paddlemix.processors.llava import LlavaProcessor
 from paddlemix.processors.tokenizer import load_tokenizer
 from tests.models import chat_models
@@ -271,6 +272,26 @@ def test_kept_answers_lie_in_the_prompt_as_the_whole_text_is_tokenized(parts, tm
     assert chat.stats.last.prompt_ids == processor.tokenize_prompt(whole, [])
 
 
+def test_a_template_that_writes_the_last_round_in_another_way(parts):
+    model, processor = parts
+    source = ["{% if is_last %}Question {{length}}: {% else %}Q: {% endif %}{{user}}\n", "A: {{bot}}</s>\n"]
+    template = ChatTemplate({"system": "S. ", "conversation": source})
+    processor = LlavaProcessor(processor.tokenizer, processor.image_processor, processor.config)
+    processor.chat_template = template
+    chat = chat_of((model, processor))
+    for question in ("one", "two", "three"):
+        say(chat, question)
+    turn, answers = chat.stats.last, [one.answer for one in chat.rounds]
+    assert turn.prompt == f"S. Q: one\nA: {answers[0]}</s>\nQ: two\nA: {answers[1]}</s>\nQuestion 3: three\nA:"
+    ids = list(turn.prompt_ids)
+    for one in chat.rounds[:-1]:  # the answers lie there as they were made, with the text of the template around them
+        start = next(i for i in range(len(ids)) if ids[i : i + len(one.answer_ids)] == list(one.answer_ids))
+        ids[start : start + len(one.answer_ids)] = []
+    assert processor.tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "") == (
+        "<s>S.Q:one\nA:</s>\nQ:two\nA:</s>\nQuestion3:three\nA:"
+    )
+
+
 def test_an_end_token_ends_the_answer_and_comes_once(tmp_path):
     model, processor = chat_models.build(tmp_path, tie_word_embeddings=False)
     colon = processor.tokenize_prompt("ASSISTANT:", [])[-1]
@@ -449,6 +470,25 @@ def test_of_too_many_pictures_the_newest_stays(tmp_path):
     assert chat.answered_picture.image.getpixel((0, 0)) == (240, 0, 0)
     kept = [picture.image for turn in chat.rounds for picture in turn.pictures]
     assert "".join(chat.retry()) == from_scratch(chat, kept)
+
+
+def test_of_too_many_pictures_before_the_first_question_the_newest_stay(tmp_path):
+    told = []
+    model, processor = chat_models.build(tmp_path, max_position_embeddings=160)
+    chat = LlavaChat(model, processor, temperature=0, max_new_tokens=8, on_notice=told.append)
+    pictures = [Image.new("RGB", (20, 20), (10 * number, 0, 0)) for number in range(25)]
+    for picture in pictures:
+        chat.add_image(picture)
+    with pytest.raises(UserError, match="of them are of pictures.*or bring fewer pictures"):
+        say(chat, "<image> and " * 25)  # each has its place there
+    answer = say(chat, "What are these?")
+    (first,) = chat.rounds
+    kept = [picture.image for picture in first.pictures]
+    assert 2 < len(kept) < 25 and kept[-1].getpixel((0, 0)) == (240, 0, 0)
+    assert told == [
+        f"The pictures are more than the model can read at once: the oldest {25 - len(kept)} were left out."
+    ]
+    assert answer == from_scratch(chat, kept)
 
 
 def test_an_answer_ends_where_the_context_is_full(tmp_path):

@@ -17,6 +17,7 @@ from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.models.llava.published_configs import KNOWN_TOWERS
 from paddlemix.processors.llava import LlavaProcessor
+from paddlemix.tools.merge_lora_params import merge
 from tests.checkpoints import (
     flat_config,
     torch_save,
@@ -28,7 +29,7 @@ from tests.checkpoints import (
     write_toolkit,
 )
 from tests.fixtures import tiny_models as tiny
-from tests.support import FIXTURES, package_file
+from tests.support import FIXTURES, llama2_tokenizer_folder, package_file
 
 TEXT_SIZES = {key: value for key, value in tiny.TEXT.items() if key != "model_type"}
 CLIP_L = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
@@ -149,6 +150,17 @@ def test_hugging_faces_processor_tells_the_template(tmp_path, caplog):
         for config in (mistral, tiny.CONFIGS["llava"]):
             found = config_of(tmp_path, config, chat_template={"chat_template": jinja}).conversation_template
             assert found == name
+    # the beginnings of what llava-hf publishes for LLaVA-1.5 and for LLaVA-1.6 on Mistral
+    vicuna = "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %} … {{ 'ASSISTANT:' }}"
+    instructions = "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + text + '\n<</SYS>>\n\n' }} … {{ '[INST] ' }}"
+    for config, jinja, name in (
+        (tiny.CONFIGS["llava"], vicuna, "vicuna_v1"),
+        (mistral, vicuna, "vicuna_v1"),
+        (mistral, instructions, "mistral_instruct"),
+        (tiny.CONFIGS["llava"], instructions, "llava_llama_2"),
+    ):
+        found = config_of(tmp_path, config, chat_template={"chat_template": jinja}).conversation_template
+        assert found == name
     assert not caplog.records
     (tmp_path / "chat_template.jinja").write_text("<|start_header_id|>user")
     assert config_of(tmp_path, tiny.CONFIGS["llava"]).conversation_template == "vicuna_v1"
@@ -655,6 +667,79 @@ def test_a_lora_folder_opens_with_its_recorded_base(lora, rslora):
     assert not any("lora" in name for name in numbers(opened))
 
 
+@pytest.fixture(scope="module")
+def peft(tmp_path_factory):
+    """What finetune_lora.sh of the original release leaves, on a language model alone, and the whole model that it stands for."""
+    folder = tmp_path_factory.mktemp("peft")
+    rng = np.random.RandomState(7)
+    tensors = tiny.weights("llava")
+    prefix = "language_model."
+    decoder = {name[len(prefix) :]: v for name, v in tensors.items() if name.startswith(prefix)}
+    write_tensors(folder / "vicuna", decoder, stem="pytorch_model", suffix="bin")
+    write_json(folder / "vicuna" / "config.json", tiny.TEXT)
+    llama2_tokenizer_folder(folder / "vicuna")
+    whole = write_original(folder / "whole", "llava", tower=folder / "clip")
+
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(folder / "vicuna"),
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+    }
+    halves, merged = {}, dict(tiny.original_names(tensors))
+    for name, weight in decoder.items():
+        if name.endswith("_proj.weight"):
+            first = (0.2 * rng.randn(4, weight.shape[1])).astype(np.float32)
+            second = (0.2 * rng.randn(weight.shape[0], 4)).astype(np.float32)
+            stem = "base_model.model." + name[: -len(".weight")]
+            halves[f"{stem}.lora_A.weight"], halves[f"{stem}.lora_B.weight"] = first, second
+            merged[name] = weight + 2.0 * second @ first
+    lora = folder / "llava-lora"
+    lora.mkdir()
+    torch_save(halves, lora / "adapter_model.bin")
+    projector = {name: v for name, v in merged.items() if "mm_projector" in name}
+    torch_save({f"base_model.model.{name}": v for name, v in projector.items()}, lora / "non_lora_trainables.bin")
+    write_json(lora / "adapter_config.json", config)
+    write_json(lora / "config.json", flat_config("llava", mm_vision_tower=str(folder / "clip")))
+    for file in whole.glob("pytorch_model*"):
+        file.unlink()
+    merged = {name: v for name, v in merged.items() if "vision_tower" not in name}
+    write_tensors(whole, merged, stem="pytorch_model", suffix="bin")
+    return lora, whole
+
+
+def test_an_adapter_of_the_original_release_opens_with_its_recorded_base(peft, tmp_path):
+    lora, whole = peft
+    opened, expected = numbers(open_model(lora)), numbers(open_model(whole))
+    assert set(opened) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(opened[name], values, atol=1e-6, err_msg=name)
+    assert LlavaProcessor.from_pretrained(lora).chat_template is None
+    assert checkpoint.read_config(lora).conversation_template == "vicuna_v1"
+    over = LlavaLlamaForCausalLM.from_pretrained(lora.parent / "vicuna", lora_path=lora)
+    merged = merge(str(lora), str(tmp_path / "merged"), dtype="float32")
+    assert (merged / "tokenizer.model").is_file()
+    for model in (over, open_model(merged)):
+        for name, values in numbers(model).items():
+            np.testing.assert_allclose(values, expected[name], atol=1e-6, err_msg=name)
+
+
+def test_adapters_of_peft_that_are_another_thing_are_refused(peft, tmp_path):
+    config = json.loads((peft[0] / "adapter_config.json").read_text())
+    for change, says in (
+        ({"use_dora": True}, "use_dora true; expected plain LoRA"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; expected LORA"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"base_model_name_or_path": None}, "doesn't say which model it adapts"),
+    ):
+        folder = tmp_path / next(iter(change))
+        shutil.copytree(peft[0], folder)
+        write_json(folder / "adapter_config.json", {**config, **change})
+        with pytest.raises(UserError, match=says):
+            open_model(folder)
+
+
 def test_an_adapter_is_added_to_a_model_that_is_open(lora, hugging_face):
     folder, adapted = lora[False]
     model = open_model(hugging_face)
@@ -714,7 +799,8 @@ def test_lora_folders_that_cannot_be_opened(lora, tmp_path):
     first = next(name for name in state if name.endswith("lora_A"))
     refused("only lora_B", state={name: values for name, values in state.items() if name != first})
     refused(r"with A .* expected \[48, 4\]", state={**state, first: state[first][:8]})
-    refused("which the model hasn't", state={**state, "llama.layers.9.mlp.up_proj.lora_A": state[first]})
+    foreign = {f"llama.layers.9.mlp.up_proj.lora_{half}": state[first[:-1] + half] for half in "AB"}
+    refused("which the model hasn't", state={**state, **foreign})
 
 
 # ---- streaming ----

@@ -184,6 +184,17 @@ def test_a_streamer_does_not_go_with_beams(model):  # noqa: F811
         model.generate(SHORT, decode_strategy="beam_search", streamer=TextStreamer(None))
 
 
+def test_a_streamer_gets_one_row(model):  # noqa: F811
+    with pytest.raises(ValueError, match="batch size 1"):  # PaddleNLP's own
+        model.generate(paddle.to_tensor([[1, 5], [1, 6]]), max_new_tokens=2, streamer=TextStreamer(None))
+
+
+def test_beams_of_one_are_refused_where_beams_are_asked_for(model):  # noqa: F811
+    config = GenerationConfig(decode_strategy="beam_search", num_beams=1)
+    with pytest.raises(UserError, match="num_beams"):
+        model.generate(SHORT, generation_config=config)
+
+
 # ---- another vocabulary ----
 
 

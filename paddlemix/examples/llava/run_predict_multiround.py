@@ -206,9 +206,11 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
 
         if args.conv_mode not in conv_templates:
             raise UserError(f"--conv-mode is {args.conv_mode!r}; expected one of {', '.join(conv_templates)}.")
-    adapter = Path(args.lora_path).expanduser() if args.lora_path is not None else None
-    if adapter is not None and not (adapter / "lora_config.json").is_file():
-        lack = "has no lora_config.json" if adapter.is_dir() else "is no folder"
+    from paddlemix.models.llava.adapter_files import config_of
+
+    adapter = Path(os.path.expanduser(args.lora_path)) if args.lora_path is not None else None
+    if adapter is not None and config_of(adapter) is None:
+        lack = "has no lora_config.json (or adapter_config.json)" if adapter.is_dir() else "is no folder"
         raise UserError(f"--lora-path is {args.lora_path!r}, which {lack}; expected the folder of a LoRA adapter.")
     from paddlemix.models.llava.hub import resolve
 
@@ -226,15 +228,12 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
     folder = resolve(args.model_path)
 
     from paddlemix.models.llava.chat import LlavaChat
-    from paddlemix.models.llava.checkpoint import merge_lora
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.processors.llava import LlavaProcessor
 
     started = time.perf_counter()
     processor = LlavaProcessor.from_pretrained(folder, adapter=adapter)
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, config=processor.config, dtype=dtype)
-    if adapter is not None:
-        merge_lora(model, adapter)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, config=processor.config, dtype=dtype, lora_path=adapter)
     if args.debug:
         debug(f"model: {args.model_path} on {device} in {dtype}, {time.perf_counter() - started:.1f} s")
     chat = LlavaChat(
@@ -325,7 +324,7 @@ class Shell:
             report(self.chat)
 
     def command(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
+        name, argument = [*line.split(None, 1), ""][:2]  # at any white space, the full-width one too
         name, argument = name.lower(), argument.strip()
         if name not in COMMANDS:
             raise UserError(f"{name} is no command; /help lists them.")

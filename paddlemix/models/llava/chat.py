@@ -328,7 +328,7 @@ class LlavaChat:
         Raises:
             UserError: the file can't be written, or exists and isn't a saved chat.
         """
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         if path.exists() and not _is_saved_chat(path):
             raise UserError(f"{path} exists and isn't a saved chat; give another name.")
         pictures: Dict[str, Dict[str, Optional[str]]] = {}
@@ -367,7 +367,7 @@ class LlavaChat:
                 the chat is unchanged.
         """
         self._finish_running()
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -418,7 +418,7 @@ class LlavaChat:
         """The prompt of a question after some rounds; without the oldest rounds if the context can't hold them all.
 
         The pictures of dropped rounds move to the oldest one that stays. If pictures alone are too many for the
-        question, the oldest of them go, but the newest one never does.
+        question, the oldest of them go, but the newest one never does, nor any that the question says a place for.
         """
         limit = self.context_limit
         room = min(self.settings.max_new_tokens, max(limit // 8, 1))  # kept free for the answer
@@ -436,15 +436,21 @@ class LlavaChat:
             if kept:
                 moved += rounds[dropped].pictures
                 dropped += 1
-            elif len(brought) > 1 and moved:
-                moved = moved[1:]
+            elif len(brought) > 1 and (moved or IMAGE_TOKEN not in question):
+                moved, pictures = (moved[1:], pictures) if moved else (moved, pictures[1:])
                 lost += 1
             else:
+                seen = sum(token == IMAGE_TOKEN_INDEX for token in plan.ids)
                 raise UserError(
-                    f"The message takes {len(plan.ids)} tokens with what stands around it, but at most {limit - room} "
-                    f"fit beside an answer (the model reads {limit} in all); make it shorter."
+                    f"The message takes {len(plan.ids)} tokens with what stands around it"
+                    + (f" ({seen} of them are of pictures)" if seen else "")
+                    + f", but at most {limit - room} fit beside an answer (the model reads {limit} in all); make it shorter"
+                    + (", or bring fewer pictures." if len(brought) > 1 else ".")
                 )
         if not dropped:
+            if lost:
+                left = "the oldest one was" if lost == 1 else f"the oldest {lost} were"
+                plan = replace(plan, notice=f"The pictures are more than the model can read at once: {left} left out.")
             return plan
         notice = "The conversation is longer than the model can read: its oldest "
         notice += "round was" if dropped == 1 else f"{dropped} rounds were"
@@ -457,24 +463,25 @@ class LlavaChat:
 
     def _lay_out(self, rounds: Tuple[Round, ...], question: str, pictures: Tuple[Picture, ...]) -> _Plan:
         """Token ids of the whole prompt: text is tokenized, answers are taken as the model gave them."""
-        ids: List[int] = []
         messages: List[Dict[str, str]] = []
-        done, context = 0, ""  # the text is laid out up to here; the answer that ends there
-        sizes: List[Tuple[int, int]] = []  # of the pictures in the text that is not laid out yet
         for turn in rounds:
             messages.append({"role": "user", "content": self._content(turn.question, turn.pictures)})
-            before = self.template.render(messages, add_generation_prompt=True)
             messages.append({"role": "assistant", "content": _harmless(turn.answer)})
+        messages.append({"role": "user", "content": self._content(question, pictures)})
+        # at once: a template may write a round in another way when it is no longer the last one
+        text, spans_of_answers = self.template.render_spans(messages, add_generation_prompt=True)
+        ids: List[int] = []
+        done, context = 0, ""  # the text is laid out up to here; the answer that ends there
+        sizes: List[Tuple[int, int]] = []  # of the pictures in the text that is not laid out yet
+        for turn, (start, _) in zip(rounds, spans_of_answers):
             sizes += [picture.size for picture in turn.pictures]
             if not turn.answer_ids:
                 continue
-            answer, said = _harmless(turn.answer), self.template.render(messages)[len(before) :]
+            answer, said = _harmless(turn.answer), text[start:]
             blank = len(said) - len(said.lstrip())
             if said[blank:].startswith(answer):
-                ids += self._tokenize(before[done:], sizes, context) + list(turn.answer_ids)
-                done, context, sizes = len(before) + blank + len(answer), answer, []
-        messages.append({"role": "user", "content": self._content(question, pictures)})
-        text = self.template.render(messages, add_generation_prompt=True)
+                ids += self._tokenize(text[done:start], sizes, context) + list(turn.answer_ids)
+                done, context, sizes = start + blank + len(answer), answer, []
         sizes += [picture.size for picture in pictures]
         ids += self._tokenize(text[done:], sizes, context)
 

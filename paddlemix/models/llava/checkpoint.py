@@ -12,15 +12,15 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import numpy as np
 import paddle
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts, published_configs
+from paddlemix.models.llava.adapter_files import LORA_CONFIG, LORA_WEIGHTS, config_of, read_adapter
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.hub import has_tokenizer, local_tower, resolve, resolve_tower
 from paddlemix.models.llava.onednn import keep_to_one_thread
@@ -28,7 +28,7 @@ from paddlemix.models.llava.tensor_files import (
     FLOAT_DTYPES,
     WEIGHT_FILES,
     FileTensor,
-    StoredTensor,
+    Source,
     TensorSpec,
     convert,
     empty,
@@ -44,7 +44,6 @@ from paddlemix.models.llava.tensor_files import (
 __all__ = [
     "LORA_CONFIG",
     "LORA_WEIGHTS",
-    "NON_LORA_WEIGHTS",
     "Source",
     "collect",
     "load_projector",
@@ -66,25 +65,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LORA_CONFIG = "lora_config.json"
-LORA_WEIGHTS = ("lora_model_state.safetensors", "lora_model_state.pdparams")
-NON_LORA_WEIGHTS = "non_lora_state.safetensors"
-
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 _WORKERS = min(4, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one of our tensors comes from: the stored tensor, its published name, and whether its axes are swapped."""
-
-    tensor: StoredTensor
-    published: str
-    transpose: bool
-
-    @property
-    def shape(self) -> Tuple[int, ...]:
-        return self.tensor.shape[::-1] if self.transpose else self.tensor.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +365,11 @@ def _stream(parameters: Mapping[str, paddle.Tensor], sources: Mapping[str, Sourc
 
 
 def load_weights(
-    model: paddle.nn.Layer, folder: Union[str, Path], dtype: Optional[str] = None, new_projector: bool = False
+    model: paddle.nn.Layer,
+    folder: Union[str, Path],
+    dtype: Optional[str] = None,
+    new_projector: bool = False,
+    adapter: Optional[Path] = None,
 ) -> None:
     """Fills a model, built under :func:`no_init` or not, from a checkpoint in any layout.
 
@@ -396,22 +382,29 @@ def load_weights(
         dtype: what the parameters are expected to be; they keep the dtype that they were built with.
         new_projector: a folder without any projector will do, such as a language model whose config.json names a tower:
             the projector then begins with random weights, which training is to align.
+        adapter: a LoRA adapter to add. What it brings whole, such as the projector, ``folder`` may lack.
 
     Raises:
         UserError: half a checkpoint, or a tensor that is missing, unexpected or wrongly shaped.
     """
-    folder = Path(folder)
-    base = lora_base(folder)
-    if base is not None:
-        load_weights(model, base, dtype, new_projector)
-        merge_lora(model, folder)
-        return
+    adapters = [] if adapter is None else [adapter]
+    folders = with_bases(Path(folder))
+    adapters += folders[:-1]  # the first of them goes over all others
+    brought = {name for each in adapters for name in read_adapter(each).whole}
+    _load_whole(model, folders[-1], new_projector, brought)
+    for each in reversed(adapters):
+        merge_lora(model, each)
+
+
+def _load_whole(model: paddle.nn.Layer, folder: Path, new_projector: bool, brought: Set[str]) -> None:
+    """Without adapters, and without the tensors ``brought`` by one."""
     if not find_weights(folder):
         if not (folder / "config.json").is_file():
             raise _no_checkpoint(folder)
         raise UserError(f"{folder} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}.")
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name not in brought}
     sources, unknown = collect(folder, model.config)
+    sources = {name: source for name, source in sources.items() if name not in brought}
     if new_projector and not any(name.startswith(layouts.PROJECTOR) for name in sources):
         for name in [name for name in parameters if name.startswith((layouts.PROJECTOR, layouts.NEWLINE))]:
             if name not in sources:
@@ -446,7 +439,7 @@ def load_projector(model: paddle.nn.Layer, path: Union[str, Path]) -> None:
     Takes the original release's ``mm_projector.bin`` (``model.mm_projector.0.weight``), the toolkit's, and this
     project's; a folder with such a file or with a whole checkpoint too. ``image_newline`` is taken if the model has it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         found = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pdparams")]
         tensors = next((open_tensor_file(file) for file in found if file.is_file()), None) or open_weights(path)
@@ -483,8 +476,8 @@ def load_projector(model: paddle.nn.Layer, path: Union[str, Path]) -> None:
 def lora_base(folder: Path) -> Optional[Path]:
     """The folder of the base that a LoRA output records, or None if ``folder`` is no LoRA output.
 
-    A LoRA output has lora_config.json with ``base_model_name_or_path`` and the adapter's weights; one that was merged has
-    whole weights too, and then needs no base.
+    A LoRA output has lora_config.json (PEFT's: adapter_config.json) with ``base_model_name_or_path`` and the adapter's
+    weights; one that was merged has whole weights too, and then needs no base.
 
     Raises:
         UserError: a base that isn't there, or adapters that name each other.
@@ -529,8 +522,8 @@ def stored_dtype(folder: Path) -> str:
 
 
 def _recorded_base(folder: Path) -> Optional[Path]:
-    path = folder / LORA_CONFIG
-    if not path.is_file() or find_weights(folder):
+    path = config_of(folder)
+    if path is None or find_weights(folder):
         return None
     recorded = read_json(path).get("base_model_name_or_path")
     if not recorded:
@@ -554,61 +547,31 @@ def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:
     ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r) with rslora (Kalajdzievski, 2023). A is [in, r], B [r, out].
 
     Args:
-        folder: has PaddleNLP's lora_config.json, ``lora_model_state.safetensors`` (or ``.pdparams``) with
-            ``…q_proj.lora_A`` and ``…lora_B``, and ``non_lora_state.safetensors`` with whole tensors if any were trained.
+        folder: this project's, PaddleNLP's or PEFT's; :mod:`adapter_files` says what each holds.
 
     Raises:
         UserError: half an adapter, one of another model, or a variant of LoRA that can't be merged.
     """
     folder = Path(folder)
-    config = read_json(folder / LORA_CONFIG)
-    for variant in ("use_mora", "lora_use_mixer", "pissa", "loraga", "do_qat"):
-        if config.get(variant):
-            raise UserError(f"{folder / LORA_CONFIG} has {variant} true; expected plain LoRA or rslora.")
-    found = [folder / name for name in LORA_WEIGHTS if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"{folder} has {LORA_CONFIG} but no adapter; expected {' or '.join(LORA_WEIGHTS)}.")
-    tensors = open_tensor_file(found[0])
-    if (folder / NON_LORA_WEIGHTS).is_file():
-        tensors = {**tensors, **open_tensor_file(folder / NON_LORA_WEIGHTS)}
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(
-            f"{folder / LORA_CONFIG} has r {rank!r} and lora_alpha {alpha!r}; expected two positive numbers."
-        )
-    scaling = alpha / (rank**0.5 if config.get("rslora") else rank)
-
+    adapter = read_adapter(folder)
     parameters = dict(model.named_parameters())
-    halves: Dict[str, Dict[str, StoredTensor]] = {}
-    whole: Dict[str, Source] = {}
-    for name, tensor in tensors.items():
-        name = re.sub(r"^model\.(?=llama\.|lm_head\.)", "", name)  # LoRAModel's own prefix
-        adapted = re.fullmatch(r"(.*)\.lora_([AB])", name)
-        if adapted:
-            halves.setdefault(adapted.group(1) + ".weight", {})[adapted.group(2)] = tensor
-        else:
-            whole[name] = Source(tensor, name, False)
-    problems = [name for name in (*halves, *whole) if name not in parameters]
+    problems = [name for name in (*adapter.pairs, *adapter.whole) if name not in parameters]
     if problems:
         raise UserError(f"{folder} adapts {_some(problems)}, which the model hasn't; it belongs to another base.")
-    pairs: Dict[str, Tuple[StoredTensor, StoredTensor]] = {}
-    for name, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise UserError(f"{folder} has only lora_{next(iter(half))} for {name}; the adapter is not whole.")
+    for name, pair in adapter.pairs.items():
         shape = tuple(parameters[name].shape)
-        expected = ((shape[0], rank), (rank, shape[1]))
-        got = (tuple(half["A"].shape), tuple(half["B"].shape))
-        if got != expected:
+        expected = ((shape[0], adapter.rank), (adapter.rank, shape[1]))
+        if (pair.A.shape, pair.B.shape) != expected:
             raise UserError(
-                f"{folder} adapts {name} {list(shape)} with A {list(got[0])} and B {list(got[1])}; expected "
+                f"{folder} adapts {name} {list(shape)} with A {list(pair.A.shape)} and B {list(pair.B.shape)}; expected "
                 f"{list(expected[0])} and {list(expected[1])}."
             )
-        pairs[name] = (half["A"], half["B"])
+    whole = adapter.whole
     check({name: tuple(parameters[name].shape) for name in whole}, whole, [], model.config, folder)
     _stream({name: parameters[name] for name in whole}, whole)
-    for name, (first, second) in pairs.items():
-        product = _float32(first) @ _float32(second)
-        product *= np.float32(scaling)
+    for name, pair in adapter.pairs.items():
+        product = _float32(pair.A) @ _float32(pair.B)
+        product *= np.float32(adapter.scaling)
         dtype = _dtype_of(parameters[name])
         product += convert(read_values(parameters[name]), dtype, "float32")
         values = empty(product.shape, dtype)
@@ -616,8 +579,9 @@ def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:
         assign(parameters[name], values)
 
 
-def _float32(tensor: StoredTensor) -> np.ndarray:
-    return convert(tensor.read(), tensor.dtype, "float32")
+def _float32(source: Source) -> np.ndarray:
+    values = convert(source.tensor.read(), source.tensor.dtype, "float32")
+    return values.T if source.transpose else values
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ class GenerationSettings:
             UserError: a name, or a setting of the generation config, that nothing here reads.
         """
         stored = dict(vars(generation_config)) if generation_config is not None else {}
-        if stored.get("num_beams") == 1:  # PaddleNLP's default, with which it searches no beams
+        if stored.get("num_beams") == 1 and stored.get("decode_strategy") != "beam_search":
+            # PaddleNLP's default, with which it searches no beams
             del stored["num_beams"]
         if stored.get("max_length") and stored.get("max_new_tokens") in (None, cls.max_new_tokens):
             stored["max_new_tokens"] = stored["max_length"]

@@ -14,6 +14,7 @@ from textwrap import shorten
 from typing import Callable, Iterable, List, Optional, Union
 
 from paddlemix.errors import UserError
+from paddlemix.models.llava.adapter_files import ADAPTER_FILES, config_of
 from paddlemix.models.llava.tensor_files import WEIGHT_FILES, find_weights, read_json, write_json
 
 __all__ = ["DEFAULT_MODEL", "cache_home", "resolve", "resolve_tower"]
@@ -29,10 +30,7 @@ SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "lora_config.json"),
-)
-LORA_FILES = (
-    *("lora_model_state.safetensors", "lora_model_state.pdparams", "non_lora_state.safetensors"),
-    "peft_model.safetensors.index.json",
+    "adapter_config.json",
 )
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+){1,2}")
 _TIMEOUT_SECONDS = 10
@@ -42,7 +40,7 @@ _COMPLETE = "paddlemix_download.json"
 
 def cache_home() -> Path:
     """Where this package keeps what it makes: ``PPMIX_HOME``, default ``~/.paddlemix``."""
-    return Path(os.environ.get("PPMIX_HOME") or Path.home() / ".paddlemix").expanduser()
+    return Path(os.path.expanduser(os.environ.get("PPMIX_HOME") or Path.home() / ".paddlemix"))
 
 
 def resolve(name_or_folder: Union[str, Path]) -> Path:
@@ -60,7 +58,7 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
         held = "empty" if isinstance(name_or_folder, str) else repr(name_or_folder)
         raise UserError(f"The model's name is {held}; expected a folder, or a name such as {DEFAULT_MODEL}.")
     text = os.fspath(name_or_folder)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
@@ -93,7 +91,7 @@ def local_tower(name: str, checkpoint: Path) -> Optional[Path]:
     """A CLIP tower inside the checkpoint, beside it, or at the path ``name``; None if there is none."""
     base = name.rstrip("/").split("/")[-1]
     inside = [checkpoint / "vision_tower", checkpoint / base, checkpoint / name]
-    for place in (*inside, checkpoint.parent / base, Path(name).expanduser()):
+    for place in (*inside, checkpoint.parent / base, Path(os.path.expanduser(name))):
         if place != checkpoint and (place / "config.json").is_file():
             return place
     return None
@@ -158,7 +156,7 @@ def _paddle_names(name: str) -> List[str]:
 
 def _paddle_cache() -> Path:
     home = os.environ.get("PPNLP_HOME")
-    return Path(home if home else Path.home() / ".paddlenlp").expanduser() / "models"
+    return Path(os.path.expanduser(home if home else Path.home() / ".paddlenlp")) / "models"
 
 
 def _from_paddle(names: List[str]) -> Path:
@@ -223,7 +221,7 @@ def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) 
                 raise UserError(f"{store} has {name} without its shards {', '.join(missing[:3])}.")
             files += shards
         return files
-    return files + [file for file in LORA_FILES if fetch(file)]
+    return files + [file for file in ADAPTER_FILES if fetch(file)]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -285,7 +283,7 @@ def _from_hugging_face(name: str) -> Path:
             reason = _reason(error)
     try:
         folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
-        if (folder / "config.json").is_file() and (find_weights(folder) or (folder / "lora_config.json").is_file()):
+        if (folder / "config.json").is_file() and (find_weights(folder) or config_of(folder)):
             return folder
     except (LocalEntryNotFoundError, HFValidationError, OSError, UserError) as error:
         logger.debug("no whole copy of %s in %s: %s", name, cache, error)
@@ -322,9 +320,9 @@ def _hugging_face_cache() -> Path:
     from huggingface_hub import constants
 
     if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+        return Path(os.path.expanduser(os.environ["HF_HUB_CACHE"]))
     if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"]).expanduser() / "hub"
+        return Path(os.path.expanduser(os.environ["HF_HOME"])) / "hub"
     return Path(constants.HF_HUB_CACHE)
 
 
@@ -341,7 +339,7 @@ def _needed(published: Iterable[str]) -> List[str]:
             return [*files, f"{stem}.index.json", *sorted(name for name in names if re.fullmatch(shard, name))]
         if stem in names:
             return [*files, stem]
-    return [*files, *(name for name in LORA_FILES if name in names)]
+    return [*files, *(name for name in ADAPTER_FILES if name in names)]
 
 
 def _reason(error: BaseException) -> str:

@@ -193,6 +193,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         *,
         config: Optional[LlavaConfig] = None,
         dtype=None,
+        lora_path: Union[str, Path, None] = None,
         **kwargs,
     ) -> "LlavaLlamaForCausalLM":
         """Opens any layout of interface section 4: a folder, or a name that is downloaded.
@@ -202,6 +203,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU. There bfloat16 takes
                 half of the memory, and less time on processors that multiply in it (AVX512_BF16); it answers under
                 ``paddle.no_grad()`` only, as ``generate`` and a chat do. float16 can be opened and saved.
+            lora_path: a LoRA adapter, this project's, PaddleNLP's or PEFT's, that is merged into the weights.
             kwargs: what PaddleNLP's callers pass though it asks for nothing here, such as ``tensor_parallel_degree=1``.
 
         Raises:
@@ -212,11 +214,12 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         for name, value in kwargs.items():
             if name not in _ASKS_FOR_NOTHING or value not in _ASKS_FOR_NOTHING[name]:
                 raise UserError(
-                    f"from_pretrained() can't honour {name}={value!r}; it takes config and dtype. Other choices stand in the "
+                    f"from_pretrained() can't honour {name}={value!r}; it takes config, dtype and lora_path. Other choices stand in the "
                     "checkpoint's config.json."
                 )
         folder = checkpoint.resolve(pretrained_model_name_or_path)
-        config = config or checkpoint.read_config(folder)
+        adapter = None if lora_path is None else checkpoint.resolve(lora_path)
+        config = config or checkpoint.read_config(folder, adapter)
         if dtype is None:
             dtype = config.dtype if paddle.device.get_device().startswith("gpu") else "float32"
         dtype = str(dtype).replace("paddle.", "")
@@ -226,7 +229,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         with checkpoint.no_init(dtype):
             model = cls(config)
         model.generation_config = read_generation_config(folder, config)
-        checkpoint.load_weights(model, folder, dtype)
+        checkpoint.load_weights(model, folder, dtype, adapter=adapter)
         model.eval()
         return model
 
@@ -491,7 +494,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
                     totals[row] += float(log_prob)
                     ended[row] = int(token) in settings.eos_token_ids
             if streamer is not None:
-                streamer.put(paddle.to_tensor(ids))
+                streamer.put(paddle.to_tensor(ids).reshape([-1, 1]))  # one column, as PaddleNLP's generate puts them
         if streamer is not None:
             streamer.end()
         return rows, [total / len(row) for total, row in zip(totals, rows)]

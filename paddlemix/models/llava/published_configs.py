@@ -395,10 +395,12 @@ def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
     """
     if raw.get("conversation_template"):
         return str(raw["conversation_template"])
+    mistral = _is_mistral(raw) or _is_mistral(raw.get("text_config") or {})
     jinja = _processor_template(folder) if "text_config" in raw else ""
     if jinja:
-        llama_2 = "llava_llama_2" if "<<SYS>>" in jinja else "mistral_instruct"
-        marks = {"<|im_start|>": chatml_template(jinja), "[INST]": llama_2, "USER:": "vicuna_v1"}
+        # the published template of LLaVA-1.6 on Mistral writes system texts as LLaMA-2 does
+        instructions = "llava_llama_2" if "<<SYS>>" in jinja and not mistral else "mistral_instruct"
+        marks = {"<|im_start|>": chatml_template(jinja), "[INST]": instructions, "ASSISTANT:": "vicuna_v1"}
         for mark, name in marks.items():
             if mark in jinja:
                 return name
@@ -406,7 +408,7 @@ def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
             "The chat template of %s is none of those that are known here, so prompts are written in another one.",
             folder,
         )
-    if _is_mistral(raw) or _is_mistral(raw.get("text_config") or {}):
+    if mistral:
         return "mistral_instruct"
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"):
         path = folder / name

@@ -25,6 +25,7 @@ __all__ = [
     "FileTensor",
     "JoinedTensor",
     "MemoryTensor",
+    "Source",
     "StridedTensor",
     "TensorSpec",
     "convert",
@@ -135,6 +136,19 @@ class StoredTensor:
         out = np.empty(self.size, numpy_dtype(self.dtype))
         self.read_into(out, 0)
         return out.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: the stored tensor, its published name, and whether its axes are swapped."""
+
+    tensor: StoredTensor
+    published: str
+    transpose: bool
+
+    @property
+    def shape(self) -> Tuple[int, ...]:
+        return self.tensor.shape[::-1] if self.transpose else self.tensor.shape
 
 
 @dataclass(frozen=True)
