@@ -185,7 +185,7 @@ def show(found: SplitReport, count: int, tokenizer: Any, colour: bool) -> Iterat
     for index in range(len(found.table)):
         if shown == count:
             return
-        report = found.table.examine(index)
+        report = found.table.examine(index, open_pictures=True)  # one that is corrupt is shown by the report instead
         if report.problems or not report.supervised:
             continue
         shown += 1

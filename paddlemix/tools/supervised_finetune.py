@@ -238,6 +238,12 @@ def check_batch(args: Any, samples: int) -> None:
             f"dataloader_drop_last is true, but the {samples} samples don't fill one global batch of {size}; set it to "
             "false or make the batch smaller."
         )
+    steps = max(samples // size if args.dataloader_drop_last else -(-samples // size), 1)  # of an epoch
+    if args.max_steps < 1 and int(steps * args.num_train_epochs) < 1:
+        raise UserError(
+            f"num_train_epochs is {args.num_train_epochs:g}, which is less than one of the {steps} steps of an epoch; give it "
+            "a larger value, or set max_steps."
+        )
 
 
 def takes_new_projector(model: Any, args: Any) -> bool:
@@ -338,7 +344,7 @@ def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: 
         float32_gradients=args.amp_master_grad,
         compute_dtype=("float16" if args.fp16 else "bfloat16") if args.fp16 or args.bf16 else None,
         lora_dropout=args.lora and args.lora_dropout > 0,
-        shards=max(args.sharding_parallel_degree, 1),
+        shards=max(args.sharding_parallel_degree, 1) if args.use_hybrid_parallel else 1,
         sharding=args.sharding[0].value if args.sharding else "",
     )
     total, have = sum(parts.values()), available_memory(args.device)

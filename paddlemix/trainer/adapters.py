@@ -131,8 +131,11 @@ def read_lora_config(folder: Path) -> Dict[str, Any]:
 def check_against_adapter(settings: Dict[str, Any], config: Dict[str, Any], folder: Path) -> None:
     """Refuses keys of the run that differ from what the adapter of ``lora_path`` was made with."""
     for key, name in FIXED_BY_ADAPTER.items():
-        if key in settings and settings[key] != config.get(name):
+        made = config.get(name, False if key == "rslora" else None)
+        if key == "lora_target_modules" and isinstance(made, str):
+            made = [made]
+        if key in settings and settings[key] != made:
             raise UserError(
-                f"{key} is {settings[key]!r}, but the adapter in {folder} was made with {config.get(name)!r}; "
+                f"{key} is {settings[key]!r}, but the adapter in {folder} was made with {made!r}; "
                 f"remove {key} or lora_path."
             )

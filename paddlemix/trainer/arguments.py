@@ -96,6 +96,8 @@ AT_LEAST = {  # smallest value of a number
     "lora_alpha": 1,
     "lora_dropout": 0,
     "lora_plus_scale": 0,
+    "power": 0,
+    "lr_end": 0,
     "neftune_noise_alpha": 0,
     "max_length": 2,
     "max_new_tokens": 1,
@@ -112,6 +114,7 @@ ONE_OF = {
 
 logger = logging.getLogger(__name__)
 
+MOST_EPOCHS = 1_000_000
 PATHS = ("model_name_or_path", "text_model_name_or_path", "lora_path", "pretrain_mm_mlp_adapter", "output_dir")
 
 # What an evaluation gives: always, unless prediction_loss_only is set, and with eval_with_do_generation
@@ -247,6 +250,7 @@ class FinetuneArguments(TrainingArguments):
             self.evaluation_strategy = IntervalStrategy.NO
         if at_the_end:
             self.do_eval = False  # or PaddleNLP makes the strategy steps
+        self._check_shards()
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
         elif self.report_to is None:  # PaddleNLP would fail where VisualDL isn't installed
@@ -257,6 +261,23 @@ class FinetuneArguments(TrainingArguments):
             raise UserError(" ".join(str(error).split()).replace("--", "")) from error
         self.do_eval = self.do_eval or at_the_end
         self.unified_checkpoint = False
+
+    def _check_shards(self) -> None:
+        """PaddleNLP takes a degree without ``sharding`` for a sharded run, and then averages no gradients."""
+        degree, ranks = max(self.sharding_parallel_degree, self.sharding_degree), self.world_size
+        if not self.sharding:
+            if degree > 1:
+                logger.warning(
+                    "sharding_parallel_degree is %d, but sharding isn't set, so nothing is sharded; set sharding to stage1 "
+                    "for that.",
+                    degree,
+                )
+            self.sharding_parallel_degree = self.sharding_degree = -1
+        elif ranks > 1 and degree > 1 and ranks % degree:
+            raise UserError(
+                f"sharding_parallel_degree is {degree}, but the run has {ranks} processes; expected a divisor of their "
+                "number, or leave the key out to shard over all of them."
+            )
 
     @property
     def compute_dtype(self) -> str:
@@ -522,6 +543,13 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError(f"max_steps is {steps}; expected a number of steps, or -1 to go by num_train_epochs.")
     if epochs <= 0 and steps < 1:
         raise UserError(f"num_train_epochs is {epochs}; expected more than 0.")
+    if epochs > MOST_EPOCHS:
+        raise UserError(f"num_train_epochs is {epochs:g}; expected at most {MOST_EPOCHS}.")
+    rate, end = (settings.get(key, defaults[key]) for key in ("learning_rate", "lr_end"))
+    if settings.get("lr_scheduler_type") == "polynomial" and end >= rate:
+        raise UserError(
+            f"lr_end is {end:g}, but learning_rate is {rate:g}; a polynomial schedule ends below where it begins."
+        )
     for interval in settings.get("skip_data_intervals", []):
         if len(interval) != 2 or not 1 <= interval[0] <= interval[1]:
             raise UserError(
@@ -560,7 +588,8 @@ def _check(settings: Dict[str, Any]) -> None:
     for key in ("mm_projector_lr", "mm_vision_tower_lr"):
         if settings.get(key) and settings.get("learning_rate") == 0:
             raise UserError(f"{key} is set relative to learning_rate, which is 0; give learning_rate a value above 0.")
-    if settings.get("mm_vision_tower_lr") is not None and not settings.get("unfreeze_mm_vision_tower"):
+    trains_tower = settings.get("unfreeze_mm_vision_tower") or settings.get("freeze_exclude")  # which may name it
+    if settings.get("mm_vision_tower_lr") is not None and not trains_tower:
         raise UserError("mm_vision_tower_lr is set, but the tower is frozen; set unfreeze_mm_vision_tower to true.")
     if settings.get("lora_path") and not settings.get("lora"):
         raise UserError("lora_path is set, but lora is false; set lora to true to go on from that adapter.")

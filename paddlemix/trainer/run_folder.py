@@ -45,6 +45,7 @@ WHOLE_WEIGHTS = re.compile(
 )
 RESULT = re.compile(r"train_log\.jsonl|loss\.png|(eval_)?predictions-\d+\.jsonl|(train|eval|predict|all)_results\.json")
 PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed
+LEFT_OVER = re.compile(re.escape(PARTIAL) + r"|.*\.tmp\d+$")  # of a run that was killed
 
 # Keys that may change between the two halves of a run without making it another run.
 NOT_THE_RUN = frozenset(
@@ -76,6 +77,19 @@ class RunPlan(NamedTuple):
 
 
 def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPlan:
+    """:func:`_plan`, but for what can't go on in its own folder."""
+    plan = _plan(settings, data_files)
+    folder = Path(os.path.expanduser(settings["output_dir"]))
+    inside = plan.checkpoint is not None and plan.checkpoint.resolve().parent == folder.resolve()
+    if inside and settings.get("ignore_load_lr_and_optim"):
+        raise UserError(
+            f"ignore_load_lr_and_optim counts steps from 0 again, but output_dir {folder} holds the checkpoints of the run "
+            f"so far; remove the key to go on, or name another output_dir and {plan.checkpoint} in resume_from_checkpoint."
+        )
+    return plan
+
+
+def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
     """Looks at the output folder and decides; writes nothing.
 
     A folder that holds an unfinished run is gone on with. ``overwrite_output_dir`` lets a run begin in a folder that
@@ -97,7 +111,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"output_dir names {folder}, but nothing can be written to {there}.")
-    held = sorted(path for path in folder.iterdir() if not path.name.startswith(PARTIAL)) if folder.exists() else []
+    held = sorted(path for path in folder.iterdir() if not LEFT_OVER.match(path.name)) if folder.exists() else []
     run = read_run(folder)
     if held and run is None and not overwrite:
         raise UserError(
@@ -135,7 +149,7 @@ def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPl
             )
         return RunPlan("start", stale=stale)
     changed = changed_keys(run["settings"], settings)
-    same = not changed and run.get("data") == fingerprint_files(data_files)
+    same = not changed and run.get("data") == fingerprint_contents(data_files)
     if overwrite and not (same and run["status"] == "running"):
         return RunPlan("start", stale=stale)
     if run["status"] == "complete":
@@ -240,9 +254,13 @@ def _resume_named(folder: Path, checkpoint: Path, run: Optional[Dict[str, Any]],
 
 def _later_checkpoints(folder: Path, checkpoint: Path) -> tuple:
     """Checkpoints after the one to go on from: broken, or of a road that isn't taken any more."""
-    match = CHECKPOINT.fullmatch(checkpoint.name)
-    step = int(match.group(1)) if match else -1
-    return tuple(path for later, path in _checkpoints(folder) if later > step)
+    source = checkpoint.resolve()  # which may be named by a link, or be a copy of another name
+    try:
+        step = int(json.loads((source / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        match = CHECKPOINT.fullmatch(source.name)
+        step = int(match.group(1)) if match else -1
+    return tuple(path for later, path in _checkpoints(folder) if later > step and path.resolve() != source)
 
 
 def _weight_files(settings: Dict[str, Any]) -> List[Path]:
@@ -256,8 +274,13 @@ def _weight_files(settings: Dict[str, Any]) -> List[Path]:
 
 
 def fingerprint_files(files: Sequence[Path]) -> List[List[Any]]:
-    """Name, size and time of change of each file: whether a run started again reads the same."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, files)]
+    """Place, size and time of change of each file: whether a run started again reads the same weights."""
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, files)]
+
+
+def fingerprint_contents(files: Sequence[Path]) -> List[List[int]]:
+    """Size and checksum of each file: whether a run started again reads the same data, from wherever."""
+    return [list(_fingerprint(file, whole=True)) for file in map(Path, files)]
 
 
 def changed_keys(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
@@ -271,14 +294,14 @@ def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files:
     if not plan.recorded:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in [path for path in folder.iterdir() if LEFT_OVER.match(path.name)]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     for path in plan.stale:
         if path.is_dir():
             remove_checkpoint(path)
         else:
             path.unlink()
-    data, weights = fingerprint_files(data_files), fingerprint_files(_weight_files(settings))
+    data, weights = fingerprint_contents(data_files), fingerprint_files(_weight_files(settings))
     record_run(folder, {"status": "running", "settings": settings, "data": data, "weights": weights})
 
 
@@ -350,12 +373,15 @@ def seal(folder: Path) -> None:
     write_json(folder / MARKER, {"files": files})
 
 
-def _fingerprint(path: Path) -> tuple:
-    """Size, and checksum of the file's two ends."""
+def _fingerprint(path: Path, whole: bool = False) -> tuple:
+    """Size, and checksum of the file's two ends, or of all of it."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         checksum = zlib.crc32(file.read(_EDGE))
-        if size > _EDGE:
+        if whole:
+            while block := file.read(_EDGE):
+                checksum = zlib.crc32(block, checksum)
+        elif size > _EDGE:
             file.seek(max(_EDGE, size - _EDGE))
             checksum = zlib.crc32(file.read(), checksum)
     return size, checksum
@@ -433,12 +459,16 @@ def write_aside(folder: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

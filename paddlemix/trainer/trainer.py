@@ -20,7 +20,7 @@ from paddlenlp.peft import LoRAModel
 from paddlenlp.trainer import Trainer, TrainerState
 from paddlenlp.trainer.trainer_callback import PrinterCallback
 from paddlenlp.trainer.trainer_callback import ProgressCallback as PaddleProgressCallback
-from paddlenlp.trainer.trainer_utils import ShardingOption, TrainOutput, speed_metrics
+from paddlenlp.trainer.trainer_utils import IntervalStrategy, ShardingOption, TrainOutput, speed_metrics
 
 from paddlemix.datasets.collator import LlavaCollator
 from paddlemix.datasets.parallel import BatchLoader
@@ -90,6 +90,8 @@ class LlavaTrainer(Trainer):
         callbacks: Sequence[Any] = (),
     ):
         self.processor = processor
+        if processor is not None and not args.pad_token_id:
+            args.pad_token_id = processor.pad_token_id  # what count_trained_tokens leaves out
         if data_collator is None:
             data_collator = LlavaCollator(processor.pad_token_id if processor is not None else 0)
         if ShardingOption.FULL_SHARD in args.sharding and args.eval_with_do_generation:
@@ -264,6 +266,7 @@ class LlavaTrainer(Trainer):
         if self._progress.pop("to_restore", False):
             self._total_loss_scalar = self._progress["total_loss"]
             self._globalstep_last_logged = self._progress["last_logged_step"]
+            self._find_best()
             if self._progress["evaluation_pending"]:
                 self._update_best(self.evaluate(), self._resumed_from)
         seeds = np.random.SeedSequence([self.args.seed, self.state.global_step, self.args.dataset_rank])
@@ -416,10 +419,17 @@ class LlavaTrainer(Trainer):
                 # the loop of the base class would take one step more
                 self.state = state
                 self.state.max_steps = max_steps
+                self._find_best()
                 self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+                try:
+                    if self._progress["evaluation_pending"]:
+                        self._update_best(self.evaluate(), self._resumed_from)
+                except _Stop:
+                    self.stopper.stopped = True
                 self.is_in_train = False
                 metrics = {"train_loss": self._progress["total_loss"] / max(state.global_step, 1)}
                 self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+                self._take_best()
                 return TrainOutput(state.global_step, metrics["train_loss"], metrics)
         best_at_end, args.load_best_model_at_end = args.load_best_model_at_end, False
         try:
@@ -435,6 +445,10 @@ class LlavaTrainer(Trainer):
                 resume_from_checkpoint,
                 ignore_keys_for_eval,
             )
+        except _Stop:  # in the evaluation that the run was to make first, so its checkpoint still asks for it
+            self.stopper.stopped = True
+            self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+            output = TrainOutput(self.state.global_step, float("nan"), {})
         except UnreadableBatch:
             if self._running_loss is None or args.world_size > 1:
                 raise
@@ -448,17 +462,38 @@ class LlavaTrainer(Trainer):
             output = TrainOutput(self.state.global_step, float("nan"), {})
         finally:
             args.load_best_model_at_end = best_at_end
-        if best_at_end and self.state.best_model_checkpoint and not self.interrupted:
-            logger.info("the best model is that of %s.", self.state.best_model_checkpoint)
-            load_trained_weights(self.model, Path(self.state.best_model_checkpoint))
-            self._loaded_best = True
+        self._take_best()
         self.trained_supervised_tokens = self._tokens_seen
         output.metrics["train_seconds"] = time.time() - began
         return output
 
+    def _take_best(self) -> None:
+        """``load_best_model_at_end``: the weights of the best checkpoint, if there is one."""
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and not self.interrupted:
+            logger.info("the best model is that of %s.", best)
+            load_trained_weights(self.model, Path(best))
+            self._loaded_best = True
+
+    def _find_best(self) -> None:
+        """The best checkpoint of a run that goes on, where it is now: the run's folder may have been moved."""
+        recorded = self.state.best_model_checkpoint
+        if recorded is None:
+            return
+        here = Path(self.args.output_dir) / Path(recorded).name
+        best = next((place for place in (here, Path(recorded)) if place.is_dir()), None)
+        if best is None:
+            logger.warning(
+                "%s, the best checkpoint so far, isn't there any more; the best of the steps to come counts.", recorded
+            )
+            self.state.best_metric = None
+        self.state.best_model_checkpoint = None if best is None else str(best)
+
     def _maybe_log_save_evaluate(self, tr_loss, model, epoch, ignore_keys_for_eval, **kwargs):
         self._running_loss = tr_loss
-        if self.stopper.stopped and self.control.should_evaluate:
+        by_epoch = self.args.evaluation_strategy == IntervalStrategy.EPOCH
+        ends_epoch = by_epoch and abs(self.state.epoch - round(self.state.epoch)) < 1e-9
+        if self.stopper.stopped and (self.control.should_evaluate or (self.control.should_save and ends_epoch)):
             self._save_for_later_evaluation(model)
             return
         try:

@@ -167,6 +167,10 @@ def test_everything_that_is_wrong_is_listed_with_file_and_line(folder, tmp_path)
     ):
         assert expected in out, f"{expected}\n---\n{out}"
     assert out.rstrip().endswith("not sound: mend the problems above before training")
+    shown = run(path, "--show", 5)  # passes over the row of the broken picture
+    assert shown.returncode == 1 and "error:" not in shown.stderr and "Traceback" not in shown.stderr
+    assert shown.stdout.count("to learn, 1 picture(s)") == 3
+    assert shown.stdout.rstrip().endswith("not sound: mend the problems above before training")
 
 
 def test_cuts_and_drops_are_named(run_here, folder, tmp_path):

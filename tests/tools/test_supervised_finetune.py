@@ -555,6 +555,7 @@ def test_a_benchmark_that_is_repeated_leaves_the_model_in_its_folder(room, tmp_p
             ["mm_vision_tower_lr", "freeze_include"],
         ),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ["dataloader_drop_last", "64"]),
+        ({"max_steps": -1, "num_train_epochs": 0.001}, ["num_train_epochs", "0.001", "max_steps"]),
         ({"tensor_parallel_degree": 2}, ["tensor_parallel_degree", "sharding"]),
         ({"fp16": True, "device": "cpu"}, ["fp16", "bf16"]),
         ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),

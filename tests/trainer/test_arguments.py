@@ -148,6 +148,9 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"lora_dropout": 1.0}, ["lora_dropout", "below 1"]),
         ({"warmup_ratio": 2}, ["warmup_ratio", "0 to 1"]),
         ({"num_train_epochs": 0}, ["num_train_epochs"]),
+        ({"num_train_epochs": 1e308}, ["num_train_epochs", "1e+308", "at most"]),
+        ({"lr_scheduler_type": "polynomial", "lr_end": 0.01}, ["lr_end", "0.01", "learning_rate"]),
+        ({"lr_scheduler_type": "polynomial", "power": -1}, ["power", "at least 0"]),
         ({"num_train_epochs": float("nan")}, ["num_train_epochs", "NaN", "finite"]),
         ({"max_steps": float("inf")}, ["max_steps", "Infinity", "finite"]),
         ({"learning_rate": float("nan")}, ["learning_rate", "NaN", "finite"]),
@@ -286,6 +289,21 @@ def test_every_key_of_paddlenlp_is_known():
     from paddlenlp.trainer import TrainingArguments
 
     assert {item.name for item in fields(TrainingArguments)} <= {item.name for item in fields(FinetuneArguments)}
+
+
+def test_a_degree_without_sharding_shards_nothing(tmp_path, caplog):
+    """PaddleNLP would take it for a sharded run, in which each rank trains alone."""
+    for degree in ("sharding_parallel_degree", "sharding_degree"):
+        caplog.clear()
+        args = FinetuneArguments(**settings(tmp_path, **{degree: 2}))
+        assert args.sharding_parallel_degree == -1 and not args.use_hybrid_parallel
+        assert "sharding isn't set, so nothing is sharded" in caplog.text
+
+
+def test_shards_divide_the_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match="sharding_parallel_degree is 8, but the run has 2 processes"):
+        FinetuneArguments(**settings(tmp_path, sharding="stage1", sharding_parallel_degree=8))
 
 
 def test_training_is_the_default_unless_only_evaluation_is_asked(tmp_path):

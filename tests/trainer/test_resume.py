@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -154,6 +155,78 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_kept(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert (tmp_path / f"checkpoint-{best}").is_dir() and (tmp_path / f"checkpoint-{STEPS}").is_dir()
     np.testing.assert_allclose(trainer.evaluate()["eval_loss"], losses[best], rtol=1e-5)
+
+
+BEST = dict(
+    lora=False, evaluation_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, learning_rate=0.3,
+    warmup_steps=7, max_grad_norm=0.0, lr_scheduler_type="constant_with_warmup", neftune=False,
+)  # fmt: skip
+
+
+def test_the_best_is_taken_where_a_run_goes_on_from_its_last_step_and_has_moved(tmp_path):
+    options = {**BEST, "eval_rows": samples(10)}
+    whole = make_trainer(tmp_path / "out", **options)
+    whole.train()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    for step in (STEPS, STEPS - 2):
+        again = make_trainer(tmp_path / "moved", seed=5, save_total_limit=1, **options)
+        again.train(tmp_path / "moved" / f"checkpoint-{step}")
+        assert_same(weights(again), weights(whole))
+        assert Path(again.state.best_model_checkpoint).parent == tmp_path / "moved"
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, caplog):
+    options = {**BEST, "eval_rows": samples(10)}
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    lost = whole.state.best_model_checkpoint
+    shutil.rmtree(lost)
+    again = make_trainer(tmp_path, **options)
+    again.train(tmp_path / f"checkpoint-{STEPS}")
+    assert f"{lost}, the best checkpoint so far, isn't there any more" in caplog.text
+    assert again.state.best_model_checkpoint is None
+
+
+class SignalAtEvaluation(TrainerCallback):
+    """Sends SIGTERM after the last step, before its evaluation."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SignalAtBegin(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stopped_at", [4, STEPS])
+def test_an_evaluation_may_be_put_off_twice(tmp_path, stopped_at):
+    options = {**BEST, "eval_steps": 4, "save_steps": 4, "eval_rows": samples(10)}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    cut, first = tmp_path / "cut", SignalInEvaluation() if stopped_at == 4 else SignalAtEvaluation()
+    assert make_trainer(cut, callbacks=[first], **options).train() and is_whole(cut / f"checkpoint-{stopped_at}")
+    second = make_trainer(cut, callbacks=[SignalAtBegin()], **options)
+    second.train(cut / f"checkpoint-{stopped_at}")
+    assert second.interrupted and second.state.global_step == stopped_at
+    third = make_trainer(cut, **options)
+    third.train(cut / f"checkpoint-{stopped_at}")
+    assert not third.interrupted
+    assert_same(weights(third), weights(whole))
+    assert third.state.best_metric == whole.state.best_metric
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_puts_its_evaluation_off(tmp_path):
+    options = dict(evaluation_strategy="epoch", save_strategy="epoch", eval_rows=samples(3, seed=9))
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    first = make_trainer(tmp_path / "cut", callbacks=[SignalAt(signal.SIGTERM, 3)], **options)
+    first.train()
+    second = make_trainer(tmp_path / "cut", **options)
+    second.train(tmp_path / "cut" / "checkpoint-3")
+    evaluated = [entry for entry in log_of(tmp_path / "cut") if "eval_loss" in entry]
+    assert evaluated == [entry for entry in log_of(tmp_path / "whole") if "eval_loss" in entry]
 
 
 def test_an_unknown_metric_is_told(tmp_path):

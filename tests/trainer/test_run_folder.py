@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -17,6 +18,7 @@ from paddlemix.trainer.run_folder import (
     remove_old_checkpoints,
     seal,
     write_aside,
+    write_json,
 )
 
 
@@ -173,6 +175,54 @@ def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
+
+
+def test_a_checkpoint_that_is_named_by_a_link_or_a_copy_stays(tmp_path):
+    given = run(tmp_path, steps=(10, 20, 30))
+    out = tmp_path / "out"
+    for step in (10, 20, 30):
+        (out / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (out / "latest").symlink_to("checkpoint-20")
+    shutil.copytree(out / "checkpoint-20", out / "keep-20")
+    for name in ("latest", "keep-20", "checkpoint-20"):
+        plan = plan_run({**given, "resume_from_checkpoint": str(out / name)})
+        assert plan.checkpoint == out / name and plan.stale == (out / "checkpoint-30",)
+
+
+def test_data_are_the_same_wherever_they_are_and_whenever_they_were_written(tmp_path):
+    (tmp_path / "train.json").write_text("[1]")
+    given = settings(tmp_path, overwrite_output_dir=True)
+    begin_run(tmp_path / "out", given, plan_run(given), [tmp_path / "train.json"])
+    checkpoint(tmp_path / "out", 10)
+    (tmp_path / "copy.json").write_text("[1]")
+    os.utime(tmp_path / "copy.json", (1, 1))
+    assert plan_run(given, [tmp_path / "copy.json"]).action == "resume"
+    (tmp_path / "copy.json").write_text("[2]")
+    assert plan_run(given, [tmp_path / "copy.json"]).action == "start"
+
+
+def test_steps_that_count_from_0_again_need_a_folder_of_their_own(tmp_path):
+    given = run(tmp_path, steps=(10,), ignore_load_lr_and_optim=True)
+    with pytest.raises(UserError, match="ignore_load_lr_and_optim counts steps from 0.*name another output_dir"):
+        plan_run(given)
+    apart = {
+        **given,
+        "output_dir": str(tmp_path / "b"),
+        "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-10"),
+    }
+    assert plan_run(apart).action == "resume"
+
+
+def test_what_a_full_disk_leaves_is_no_obstacle(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json.tmp123").write_text("{")
+    given = settings(tmp_path)
+    plan = plan_run(given)
+    begin_run(tmp_path / "out", given, plan)
+    assert plan.action == "start" and [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "out" / "other.json", object())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(
