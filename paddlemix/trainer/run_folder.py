@@ -45,7 +45,7 @@ WHOLE_WEIGHTS = re.compile(
 )
 RESULT = re.compile(r"train_log\.jsonl|loss\.png|(eval_)?predictions-\d+\.jsonl|(train|eval|predict|all)_results\.json")
 PARTIAL = ".partial-"  # beginning of the names of folders that are being written or removed
-LEFT_OVER = re.compile(re.escape(PARTIAL) + r"|.*\.tmp\d+$")  # of a run that was killed
+LEFT_OVER = re.compile(re.escape(PARTIAL) + "|" + re.escape(RUN_FILE) + r"\.tmp\d+$")  # of a run that was killed
 
 # Keys that may change between the two halves of a run without making it another run.
 NOT_THE_RUN = frozenset(
@@ -77,19 +77,6 @@ class RunPlan(NamedTuple):
 
 
 def plan_run(settings: Dict[str, Any], data_files: Sequence[Path] = ()) -> RunPlan:
-    """:func:`_plan`, but for what can't go on in its own folder."""
-    plan = _plan(settings, data_files)
-    folder = Path(os.path.expanduser(settings["output_dir"]))
-    inside = plan.checkpoint is not None and plan.checkpoint.resolve().parent == folder.resolve()
-    if inside and settings.get("ignore_load_lr_and_optim"):
-        raise UserError(
-            f"ignore_load_lr_and_optim counts steps from 0 again, but output_dir {folder} holds the checkpoints of the run "
-            f"so far; remove the key to go on, or name another output_dir and {plan.checkpoint} in resume_from_checkpoint."
-        )
-    return plan
-
-
-def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
     """Looks at the output folder and decides; writes nothing.
 
     A folder that holds an unfinished run is gone on with. ``overwrite_output_dir`` lets a run begin in a folder that
@@ -103,6 +90,18 @@ def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
     Raises:
         UserError: the folder holds something else and may not be overwritten, or the named checkpoint isn't whole.
     """
+    plan = _plan(settings, data_files)
+    folder = Path(os.path.expanduser(settings["output_dir"]))
+    inside = plan.checkpoint is not None and plan.checkpoint.resolve().parent == folder.resolve()
+    if inside and settings.get("ignore_load_lr_and_optim"):
+        raise UserError(
+            f"ignore_load_lr_and_optim counts steps from 0 again, but output_dir {folder} holds the checkpoints of the run "
+            f"so far; remove the key to go on, or name another output_dir and {plan.checkpoint} in resume_from_checkpoint."
+        )
+    return plan
+
+
+def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
     folder = Path(os.path.expanduser(settings["output_dir"]))
     overwrite = settings.get("overwrite_output_dir", False)
     resume = settings.get("resume_from_checkpoint")

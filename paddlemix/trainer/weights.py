@@ -10,7 +10,7 @@ from paddle import nn
 from paddlenlp.peft import LoRAModel
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.checkpoint import LORA_WEIGHTS
+from paddlemix.models.llava.adapter_files import LORA_WEIGHTS
 from paddlemix.models.llava.tensor_files import (
     StoredTensor,
     open_tensor_file,

@@ -459,11 +459,17 @@ def test_a_message_that_cannot_fit_is_refused_and_nothing_changes(tmp_path):
     assert say(chat, "Why?") == from_scratch(chat, [CAT])
 
 
-def test_of_too_many_pictures_the_newest_stays(tmp_path):
+@pytest.fixture
+def crowded(tmp_path):
+    """A chat with little room, what it tells, and more pictures than it can read."""
     told = []
     model, processor = chat_models.build(tmp_path, max_position_embeddings=160)
     chat = LlavaChat(model, processor, temperature=0, max_new_tokens=8, on_notice=told.append)
-    pictures = [Image.new("RGB", (20, 20), (10 * number, 0, 0)) for number in range(25)]
+    return chat, told, [Image.new("RGB", (20, 20), (10 * number, 0, 0)) for number in range(25)]
+
+
+def test_of_too_many_pictures_the_newest_stays(crowded):
+    chat, told, pictures = crowded
     for picture in pictures:
         say(chat, "And this one?", picture)
     assert "picture" in told[-1]
@@ -472,11 +478,8 @@ def test_of_too_many_pictures_the_newest_stays(tmp_path):
     assert "".join(chat.retry()) == from_scratch(chat, kept)
 
 
-def test_of_too_many_pictures_before_the_first_question_the_newest_stay(tmp_path):
-    told = []
-    model, processor = chat_models.build(tmp_path, max_position_embeddings=160)
-    chat = LlavaChat(model, processor, temperature=0, max_new_tokens=8, on_notice=told.append)
-    pictures = [Image.new("RGB", (20, 20), (10 * number, 0, 0)) for number in range(25)]
+def test_of_too_many_pictures_before_the_first_question_the_newest_stay(crowded):
+    chat, told, pictures = crowded
     for picture in pictures:
         chat.add_image(picture)
     with pytest.raises(UserError, match="of them are of pictures.*or bring fewer pictures"):

@@ -725,6 +725,23 @@ def test_an_adapter_of_the_original_release_opens_with_its_recorded_base(peft, t
             np.testing.assert_allclose(values, expected[name], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["plain", "rslora"])
+def test_an_adapter_that_peft_saved_gives_pefts_logits(tmp_path, kind):
+    """peft_golden.npz is PEFT's own: fixtures/make_peft_golden.py."""
+    golden = np.load(FIXTURES / "peft_golden.npz")
+
+    def part(prefix):
+        return {name[len(prefix) :]: golden[name] for name in golden.files if name.startswith(prefix)}
+
+    write_tensors(tmp_path / "base", part("base."))
+    write_json(tmp_path / "base" / "config.json", {"model_type": "llama", **json.loads(str(golden["sizes"]))})
+    config = json.loads(golden[f"{kind}.config"].tobytes())
+    write_tensors(tmp_path / "lora", part(f"{kind}.adapter."), stem="adapter_model")
+    write_json(tmp_path / "lora" / "adapter_config.json", {**config, "base_model_name_or_path": str(tmp_path / "base")})
+    logits = open_model(tmp_path / "lora")(paddle.to_tensor(golden["ids"])).logits.numpy()
+    np.testing.assert_allclose(logits, golden[f"{kind}.logits"], atol=1e-5)
+
+
 def test_adapters_of_peft_that_are_another_thing_are_refused(peft, tmp_path):
     config = json.loads((peft[0] / "adapter_config.json").read_text())
     for change, says in (

@@ -12,6 +12,7 @@ from paddlemix.models.llava import checkpoint, layouts
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.constants import IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+from paddlemix.models.llava.tensor_files import Source
 from paddlemix.processors.llava import LlavaProcessor
 from tests.checkpoints import write_hugging_face, write_original, write_toolkit
 from tests.fixtures import tiny_models as tiny
@@ -198,7 +199,7 @@ def test_published_checkpoints_fit_by_names_and_shapes(name, tmp_path):
             unknown.append(key)
         elif place.name is not None:
             tensor = SimpleNamespace(shape=tuple(shape), dtype="float16")
-            sources[place.name] = checkpoint.Source(tensor, key, place.transpose)
+            sources[place.name] = Source(tensor, key, place.transpose)
     checkpoint.check(shapes, sources, unknown, config, tmp_path)
     assert not parameters_with_memory(model)
 

@@ -220,6 +220,10 @@ def test_what_a_full_disk_leaves_is_no_obstacle(tmp_path):
     plan = plan_run(given)
     begin_run(tmp_path / "out", given, plan)
     assert plan.action == "start" and [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    (tmp_path / "out" / "thesis.tmp1").write_text("mine")
+    begin_run(tmp_path / "out", given, plan)
+    assert (tmp_path / "out" / "thesis.tmp1").read_text() == "mine"
+    (tmp_path / "out" / "thesis.tmp1").unlink()
     with pytest.raises(TypeError):
         write_json(tmp_path / "out" / "other.json", object())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]

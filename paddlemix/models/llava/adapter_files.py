@@ -8,7 +8,7 @@ trained, such as the projector, beside it as ``non_lora_trainables.bin``.
 
 import re
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts
@@ -107,14 +107,14 @@ def _shown(value: Any) -> str:
     return "true" if value is True else repr(value)
 
 
-def _own_place(published: str, folder: Path):
+def _own_place(published: str, folder: Path) -> Tuple[str, Optional[str], bool]:
     """Our name, which half it is (None: a whole tensor), and whether its axes are swapped."""
     name = re.sub(r"^model\.(?=llama\.|lm_head\.)", "", published)  # LoRAModel's own prefix
     adapted = re.fullmatch(r"(.*)\.lora_([AB])", name)
     return (adapted.group(1) + ".weight", adapted.group(2), False) if adapted else (name, None, False)
 
 
-def _peft_place(published: str, folder: Path):
+def _peft_place(published: str, folder: Path) -> Tuple[str, Optional[str], bool]:
     name = re.sub(
         r"^base_model\.(?:model\.)?(?=model\.|language_model\.|vision_tower|multi_modal|lm_head)", "", published
     )

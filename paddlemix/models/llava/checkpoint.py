@@ -20,7 +20,7 @@ import paddle
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts, published_configs
-from paddlemix.models.llava.adapter_files import LORA_CONFIG, LORA_WEIGHTS, config_of, read_adapter
+from paddlemix.models.llava.adapter_files import config_of, read_adapter
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.hub import has_tokenizer, local_tower, resolve, resolve_tower
 from paddlemix.models.llava.onednn import keep_to_one_thread
@@ -42,9 +42,6 @@ from paddlemix.models.llava.tensor_files import (
 )
 
 __all__ = [
-    "LORA_CONFIG",
-    "LORA_WEIGHTS",
-    "Source",
     "collect",
     "load_projector",
     "load_tower",

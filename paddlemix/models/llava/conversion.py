@@ -12,6 +12,7 @@ from paddlemix.models.llava import checkpoint, layouts, published_configs
 from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.tensor_files import (
     MemoryTensor,
+    Source,
     StoredTensor,
     TensorSpec,
     convert,
@@ -51,7 +52,7 @@ class _Output(NamedTuple):
     """One tensor to write: our name, where it comes from, its dtype and shape, and whether its axes are not ours."""
 
     ours: str
-    source: checkpoint.Source
+    source: Source
     spec: TensorSpec
     transposed: bool
 
@@ -73,7 +74,7 @@ class Plan:
     def __init__(
         self,
         config: LlavaConfig,
-        sources: Mapping[str, checkpoint.Source],
+        sources: Mapping[str, Source],
         layout: str,
         dtype: str,
         image_token: Optional[ImageToken] = None,
@@ -154,7 +155,7 @@ def _vocabulary_axis(ours: str) -> int:
     return 0 if ours == _EMBEDDINGS else 1  # embeddings [V, D], head [D, V]
 
 
-def _fit_tower_to_weights(config: LlavaConfig, sources: Dict[str, checkpoint.Source]) -> None:
+def _fit_tower_to_weights(config: LlavaConfig, sources: Dict[str, Source]) -> None:
     """A tower that was saved here lacks the layers after the selected one, and the last norm, as LLaVA never uses them.
 
     The config then says that there are no more layers, and the norm becomes one that changes nothing, for readers that
@@ -170,7 +171,7 @@ def _fit_tower_to_weights(config: LlavaConfig, sources: Dict[str, checkpoint.Sou
         name = f"{layouts.TOWER}ln_post.{kind}"
         if name not in sources:
             tensor = MemoryTensor(np.full((config.vision_config["hidden_size"],), value, np.float32))
-            sources[name] = checkpoint.Source(tensor, name, False)
+            sources[name] = Source(tensor, name, False)
 
 
 def _grown(output: _Output) -> np.ndarray:
@@ -211,7 +212,7 @@ def open_plan(
     base = checkpoint.lora_base(folder)
     if base is not None:
         checkpoint.load_weights(model, folder)
-        sources = {name: checkpoint.Source(_ParameterTensor(p), name, False) for name, p in parameters.items()}
+        sources = {name: Source(_ParameterTensor(p), name, False) for name, p in parameters.items()}
     else:
         sources, unknown = checkpoint.collect(folder, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}

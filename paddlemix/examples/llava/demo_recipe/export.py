@@ -23,7 +23,7 @@ def export(trained: Path, folder: Path) -> Dict[str, int]:
     from safetensors.numpy import save_file
 
     from paddlemix import LlavaLlamaForCausalLM
-    from paddlemix.models.llava.checkpoint import LORA_CONFIG, LORA_WEIGHTS
+    from paddlemix.models.llava.adapter_files import LORA_CONFIG, LORA_WEIGHTS
     from paddlemix.models.llava.tensor_files import convert, open_tensor_file
 
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
