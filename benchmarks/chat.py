@@ -46,7 +46,7 @@ def measure(shape, arguments):
     from protocol import memory_bandwidth
     from shapes import SHAPES, make_folder
 
-    folder = str(make_folder(shape, arguments.folder))
+    folder = str(make_folder(shape, arguments.folder, arguments.stored))
     sides = {
         "paddle": (sys.executable, "worker_paddle.py", {}),
         "transformers": (arguments.peer_python, "worker_torch.py", {"keep_cache": True}),
@@ -216,6 +216,9 @@ def main():
     parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
     parser.add_argument("--batch", type=int, default=8, help="rows of the batch figure; 0 leaves it out")
     parser.add_argument("--bfloat16", action="store_true", help="measure both sides in bfloat16 too")
+    parser.add_argument(
+        "--stored", choices=["float32", "float16"], default="float32", help="what the weights' files hold"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where the weights are kept")
     parser.add_argument("--output", type=Path, help="JSON with all figures")

@@ -2,7 +2,7 @@
 
     python benchmarks/operations.py
 
-Prints Markdown tables of milliseconds (the median of 20): operations of a layer that reads four rows of 256 tokens in
+Prints Markdown tables of milliseconds (the median of 20): fresh memory; operations of a layer that reads four rows of 256 tokens in
 SmolLM2-135M, and what learning adds to them; operations of the last block of a layer's attention that reads 2048; all products
 with weights of one decoding step there, by Paddle, by NumPy and by oneDNN; its scores; and the parts of a layer of the
 ViT-L/14-336 tower.
@@ -241,8 +241,21 @@ def of_a_tower_layer():
         ]
 
 
+def of_fresh_memory():
+    """A gigabyte that this program has not held yet, a byte of each page written, as weights need it that are not mapped."""
+
+    def write():
+        np.empty(1 << 30, np.uint8)[::4096] = 1
+
+    started = time.perf_counter()
+    write()
+    first = 1000 * (time.perf_counter() - started)
+    return [("the first time", first), ("once it was held and given back", milliseconds(write))]
+
+
 def main():
     for title, measure in (
+        ("a gigabyte of fresh memory", of_fresh_memory),
         ("a layer, 4 x 256 tokens", of_a_layer),
         ("learning, 4 x 256 tokens", of_learning),
         ("the last block of attention, 2048 tokens", of_a_long_prefill),

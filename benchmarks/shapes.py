@@ -100,11 +100,15 @@ def tensors(text: Dict, vision: Dict) -> Iterator[Tuple[str, Tuple[int, ...]]]:
             yield f"{layer}{norm}.bias", (wide,)
 
 
-def make_folder(shape: str, root: Path) -> Path:
-    """Writes ``root/shape`` (config.json, model.safetensors, float32, seeded) unless it is there; the folder."""
+def make_folder(shape: str, root: Path, stored: str = "float32") -> Path:
+    """Writes ``root/shape`` (config.json, model.safetensors, seeded) unless it is there; the folder.
+
+    Args:
+        stored: what the weights are written in: float32, or float16 as most published checkpoints.
+    """
     from safetensors.numpy import save_file
 
-    folder = root / shape
+    folder = root / (shape if stored == "float32" else f"{shape}_{stored}")
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +117,9 @@ def make_folder(shape: str, root: Path) -> Path:
     weights = {}
     for name, size in tensors(text, vision):
         values = random.standard_normal(size, dtype=np.float32) * 0.02
-        weights[name] = values + np.float32(1) if "norm" in name and name.endswith("weight") else values
+        if "norm" in name and name.endswith("weight"):
+            values += np.float32(1)
+        weights[name] = values.astype(stored, copy=False)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -122,7 +128,7 @@ def make_folder(shape: str, root: Path) -> Path:
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": text["tie_word_embeddings"],
-        "torch_dtype": "float32",
+        "torch_dtype": stored,
         "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **text},
         "vision_config": {"model_type": "clip_vision_model", **vision},
     }

@@ -88,6 +88,14 @@ def test_generation_and_what_learns(tmp_path):
 
 
 @paddle.no_grad()
+def test_embeddings_as_the_table_holds_them(tmp_path):
+    _, narrow = pair(tmp_path)
+    ids = paddle.to_tensor([[5, 6, 7]])
+    with paddle.no_grad():
+        given = narrow(inputs_embeds=narrow.get_input_embeddings()(ids)).logits.numpy()
+        np.testing.assert_array_equal(given, narrow(input_ids=ids).logits.numpy())
+
+
 def test_changed_norms_count(tmp_path):
     model, _ = pair(tmp_path)
     ids = paddle.to_tensor([PROMPT[5:] * 3])

@@ -211,6 +211,33 @@ def test_clear_starts_over_with_the_newest_picture(parts):
     assert len(chat.rounds[0].pictures) == 1
 
 
+@pytest.mark.parametrize("again", ["clear", "retry", "load"])
+def test_what_was_read_with_other_weights_is_forgotten(parts, tmp_path, again):
+    model, _ = parts
+    chat = chat_of(parts)
+    say(chat, "What is this?", CAT)
+    saved = chat.save(tmp_path / "chat.json")
+    changed = [model.llama.layers[0].self_attn.v_proj.weight, model.llama.mm_projector[0].weight]
+    kept = [weight.clone() for weight in changed]
+    for weight in changed:
+        weight.set_value(weight.flip(0) * 3)
+    try:
+        if again == "retry":
+            answer = "".join(chat.retry())
+        elif again == "load":
+            chat.load(saved)
+            chat.undo()
+            answer = say(chat, "What is this?")
+        else:
+            chat.clear()
+            answer = say(chat, "What is this?")
+        assert chat.stats.last.prefilled_tokens == len(chat.stats.last.prompt_ids) and chat.stats.tower_calls == 2
+        assert answer == from_scratch(chat, [CAT])
+    finally:
+        for weight, values in zip(changed, kept):
+            weight.set_value(values)
+
+
 def test_anyres_pictures_of_different_shapes(tmp_path):
     grid = [[28, 56], [56, 28], [56, 56]]
     parts = chat_models.build(

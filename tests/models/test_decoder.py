@@ -1,5 +1,7 @@
 """The decoder against transformers, and its cache against a decoder without one."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,38 @@ def test_logits_equal_transformers_beyond_the_trained_length(golden, kind, facto
     np.testing.assert_allclose(logits.numpy(), golden[f"logits_{kind}"], atol=1e-4, rtol=0)
 
 
+def test_padding_does_not_stretch_positions(golden):
+    ids, mask = paddle.to_tensor(golden["long"][:, :70]), np.ones((1, 70), np.int64)
+    mask[:, :10] = 0  # 60 tokens are within the trained length
+    model = build(golden, {"type": "dynamic", "factor": 2.0})
+    logits = model(ids, attention_mask=paddle.to_tensor(mask)).logits.numpy()[:, 10:]
+    np.testing.assert_allclose(logits, golden["logits_dynamic_padded"], atol=1e-4, rtol=0)
+
+
+def test_rotary_tables_outlive_an_interruption_and_serve_threads(golden, monkeypatch):
+    model, ids = build(golden), paddle.to_tensor(golden["short"])
+    compute = model.llama.rotary._compute
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.llama.rotary, "_compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids)
+    meeting = threading.Barrier(2)
+
+    def slow(*given):
+        meeting.wait(10)  # both threads find no table
+        return compute(*given)
+
+    monkeypatch.setattr(model.llama.rotary, "_compute", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = [each.result() for each in [pool.submit(lambda: model(ids).logits.numpy()) for _ in range(2)]]
+    monkeypatch.undo()
+    for logits in (*both, model(ids).logits.numpy()):
+        np.testing.assert_allclose(logits, build(golden)(ids).logits.numpy(), atol=1e-6)
+
+
 def test_reading_in_pieces_equals_reading_at_once(golden, model):
     ids = paddle.to_tensor(np.tile(golden["long"], (1, 6)))  # 600 tokens: several blocks of cache and attention
     whole = model(ids).logits
@@ -100,6 +134,14 @@ def test_packed_segments_do_not_see_each_other(golden, model):
     ).logits.numpy()[0]
     np.testing.assert_allclose(logits[:9], model(paddle.to_tensor(a[None])).logits.numpy()[0], atol=1e-5)
     np.testing.assert_allclose(logits[9:15], model(paddle.to_tensor(b[None])).logits.numpy()[0], atol=1e-5)
+
+
+def test_padding_inside_a_segment_is_not_seen(golden, model):
+    ids = np.concatenate([np.zeros((1, 4), "int64"), golden["short"][:1, :9]], axis=1)
+    mask, one_segment = paddle.to_tensor((ids != 0).astype("int64")), paddle.ones(ids.shape, "int64")
+    logits = model(paddle.to_tensor(ids), attention_mask=mask, segment_ids=one_segment).logits.numpy()[0, 4:]
+    alone = model(paddle.to_tensor(golden["short"][:1, :9])).logits.numpy()[0]
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
 
 
 def test_a_cache_that_is_too_small_says_so(model):

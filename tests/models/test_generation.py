@@ -14,19 +14,31 @@ from .test_decoder import golden, model  # noqa: F401  fixtures
 SAMPLING = GenerationSettings(decode_strategy="sampling", temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.4)
 
 
-@pytest.mark.parametrize("beams, penalty", [(3, 1.0), (4, 2.0), (2, 0.0)])
-def test_beam_search_equals_transformers(golden, model, beams, penalty):  # noqa: F811
-    ids, scores = model.generate(
-        paddle.to_tensor(golden["short"]),
-        max_new_tokens=10,
-        decode_strategy="beam_search",
-        num_beams=beams,
-        length_penalty=penalty,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    assert ids.numpy().tolist() == golden[f"beam_{beams}_{penalty}"].tolist()
-    assert scores.shape == [2, 1]
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        ("3_1.0", {"num_beams": 3}),
+        ("4_2.0", {"num_beams": 4, "length_penalty": 2.0}),
+        ("2_0.0", {"num_beams": 2, "length_penalty": 0.0}),
+        ("no_repetition", {"num_beams": 3, "repetition_penalty": 1.5}),
+        ("many_ends", {"num_beams": 2, "eos_token_id": "likely"}),
+    ],
+)
+def test_beam_search_equals_transformers(golden, model, name, given):  # noqa: F811
+    if given.get("eos_token_id") == "likely":  # the four best first tokens: more ends than beams
+        given = {**given, "eos_token_id": golden["likely"].tolist()}
+    settings = dict(max_new_tokens=10, decode_strategy="beam_search", eos_token_id=2, pad_token_id=1)
+    ids, scores = model.generate(paddle.to_tensor(golden["short"]), **{**settings, **given})
+    assert ids.numpy().tolist() == golden[f"beam_{name}"].tolist()
+    np.testing.assert_allclose(scores.numpy()[:, 0], golden[f"beam_scores_{name}"], rtol=1e-5)
+
+
+def test_beams_of_a_vocabulary_of_ends():
+    from .test_host_passes import build
+
+    ids = paddle.to_tensor([[1, 2, 3]])
+    found, _ = build(vocab_size=4).generate(ids, decode_strategy="beam_search", num_beams=3, eos_token_id=[0, 1, 2, 3])
+    assert found.shape == [1, 1]
 
 
 def test_draws_follow_the_distribution_of_transformers_warpers(golden):  # noqa: F811
@@ -117,7 +129,9 @@ def test_several_draws_per_prompt(golden, model):  # noqa: F811
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; expected a whole number"),
         ({"temperature": "0.2"}, "temperature is '0.2'; expected a number"),
         ({"seed": -1}, "seed is -1; expected"),
-        ({"eos_token_id": [[10], [20, 20]]}, "eos_token_ids is .*; expected token ids"),
+        ({"eos_token_id": [[10], [20, 20]]}, "eos_token_ids is .*; expected a list of token ids"),
+        ({"eos_token_ids": 3}, "eos_token_ids is 3; expected a list"),
+        ({"generation_config": {"temprature": 1}}, "doesn't know temprature"),
         ({"images": "cat.png"}, "doesn't know images.*pixel_values"),
     ],
 )
@@ -138,6 +152,41 @@ def test_settings_that_ask_for_nothing_here(golden, model):  # noqa: F811
     scores = np.ones([1, 5], np.float32)
     assert (penalise_repetition(scores, [[-200, -200]], 1.5) == scores).all()
     assert (penalise_repetition(scores, [[]], 1.5) == scores).all()
+
+
+def test_a_pad_id_that_is_no_token(golden, model, monkeypatch):  # noqa: F811
+    """Early LLaMA files say -1; what the caller gives fills the rows, but isn't read."""
+    ids = paddle.to_tensor(golden["short"])
+    plain, _ = model.generate(ids, max_new_tokens=6, eos_token_id=[])
+    ends = [int(plain[0, 1]), 2]  # the first row ends before the second
+    for pad in (-1, 64):
+        monkeypatch.setattr(model.config, "pad_token_id", pad)
+        monkeypatch.setattr(model.generation_config, "pad_token_id", pad)
+        for given, filled in (({}, ends[0]), ({"pad_token_id": pad}, pad)):
+            found, _ = model.generate(ids, max_new_tokens=6, eos_token_id=ends, **given)
+            assert found.tolist() == [plain[0, :2].tolist() + [filled] * 4, plain[1].tolist()]
+
+
+def test_pad_ids_at_the_beginning_are_padding_without_a_mask_too(golden, model):  # noqa: F811
+    ids = golden["short"].copy()
+    ids[0, :5] = 0
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    given = dict(max_new_tokens=6, pad_token_id=0)
+
+    def answer(**more):
+        return model.generate(paddle.to_tensor(ids), **{**given, **more})[0].tolist()
+
+    ended = dict(eos_token_id=[0])  # no padding: a token that ends texts
+    assert answer(eos_token_id=2) == answer(eos_token_id=2, attention_mask=paddle.to_tensor(mask))
+    assert answer(**ended) == answer(**ended, attention_mask=paddle.ones_like(paddle.to_tensor(ids)))
+    assert answer(**ended) != answer(eos_token_id=2)
+
+
+def test_a_dict_of_settings(golden, model):  # noqa: F811
+    ids = paddle.to_tensor(golden["short"])
+    assert model.generate(ids, {"max_new_tokens": 3})[0].shape == [2, 3]
+    assert model.generate(ids, generation_config={"max_new_tokens": 3}, max_new_tokens=4)[0].shape == [2, 4]
 
 
 def test_right_padding_is_refused(model):  # noqa: F811

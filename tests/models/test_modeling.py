@@ -183,6 +183,18 @@ def test_what_goes_with_the_tokens_has_their_shape(model, name):
             model(input_ids=ids, pixel_values=picture(), **{name: wrong.abs()})
 
 
+def test_embeddings_in_place_of_ids(model):
+    ids = paddle.to_tensor([PROMPT])
+    embeds = model.embed(ids, model.encode_images(picture()))
+    expected = model(input_ids=ids, pixel_values=picture()).logits.numpy()
+    np.testing.assert_array_equal(model(inputs_embeds=embeds).logits.numpy(), expected)
+    with pytest.raises(UserError, match=r"attention_mask has the shape \[1, 3\]; expected \[1, 8\]"):
+        model(inputs_embeds=embeds, attention_mask=paddle.ones([1, 3], "int64"))
+    for beside in ({"input_ids": ids}, {"pixel_values": picture()}):
+        with pytest.raises(UserError, match="inputs_embeds stands in place of"):
+            model(inputs_embeds=embeds, **beside)
+
+
 def test_what_paddlenlps_callers_pass_and_what_cannot_be_honoured(tmp_path):
     build().save_pretrained(tmp_path)
     LlavaLlamaForCausalLM.from_pretrained(tmp_path, tensor_parallel_degree=1, low_cpu_mem_usage=True)

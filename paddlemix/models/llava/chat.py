@@ -181,6 +181,7 @@ class LlavaChat:
         self._waiting: Tuple[Picture, ...] = ()  # pictures that the next question brings
         self._spare: Tuple[Picture, ...] = ()  # brought too, unless there is a waiting one (after clear)
         self._features = PictureFeatures.of(model)
+        self._weights = self._features.weights  # of what the cache holds
         self._numbers: Dict[str, int] = {}  # a picture's digest -> its key in _cached
         self._cache = None
         self._cached: List[int] = []  # keys of the tokens that the cache holds
@@ -278,6 +279,7 @@ class LlavaChat:
         self._finish_running()
         if not self._rounds:
             raise UserError("There is no answer to make again; ask something first.")
+        self._heed_weights()
         last = self._rounds[-1]
         plan = self._plan(self._rounds[:-1], last.question, last.pictures)
         return self._start(plan, self._waiting, self._spare)
@@ -316,6 +318,7 @@ class LlavaChat:
     def clear(self) -> None:
         """Starts over, the random state included. The newest picture stays until another one is added."""
         self._finish_running()
+        self._heed_weights()
         picture = self.picture
         self._rounds, self._waiting, self._spare = (), (), () if picture is None else (picture,)
         self._sampler = Sampler(self.settings)
@@ -400,6 +403,7 @@ class LlavaChat:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is a damaged saved chat: {_reason(error)}.") from error
+        self._heed_weights()
         self._rounds, self._waiting, self._spare = rounds, waiting, spare
         return len(rounds)
 
@@ -598,6 +602,12 @@ class LlavaChat:
         return self._features.get(picture.digest, self.processor.image_processor, encode)
 
     # small parts
+
+    def _heed_weights(self) -> None:
+        """Forgets what was read with weights that the model no longer has, after a training, a load or a merge."""
+        self._features = PictureFeatures.of(self.model)
+        if self._features.weights != self._weights:
+            self._weights, self._cached = self._features.weights, []
 
     def _finish_running(self) -> None:
         """An answer whose reader went away without closing it ends here."""

@@ -120,23 +120,24 @@ class RotaryEmbedding:
         scaling = config.rope_scaling or {}
         self.kind = scaling.get("type", scaling.get("rope_type"))
         self.factor = float(scaling.get("factor", 1.0))
-        self._tables: Optional[Tuple[paddle.Tensor, paddle.Tensor]] = None
-        self._length = 0
+        # length and tables; replaced at once, as an interruption or another thread may come at any moment
+        self._held: Tuple[int, Optional[Tuple[paddle.Tensor, paddle.Tensor]]] = (0, None)
 
     def __call__(self, positions: paddle.Tensor, longest: int, dtype) -> Tuple[paddle.Tensor, paddle.Tensor]:
         """positions [B, T] -> cos, sin [B, 1, T, K]; ``longest`` is the highest position plus one."""
         dynamic = self.kind == "dynamic" and longest > self.trained_length
         if dynamic:
-            cos, sin = self._compute(longest, longest)
+            tables = self._compute(longest, longest)
         else:
-            if longest > self._length:
+            length, tables = self._held
+            if longest > length:
                 # a length below the trained one is filled at once; above it, with some room
-                self._length = self.trained_length if longest <= self.trained_length else longest + 512
-                self._tables = self._compute(self._length, self.trained_length)
-            cos, sin = self._tables
+                length = self.trained_length if longest <= self.trained_length else longest + 512
+                tables = self._compute(length, self.trained_length)
+                self._held = length, tables
         flat = positions.flatten()
         shape = [positions.shape[0], 1, positions.shape[1], self.width]
-        return tuple(paddle.gather(table, flat).reshape(shape).astype(dtype) for table in (cos, sin))
+        return tuple(paddle.gather(table, flat).reshape(shape).astype(dtype) for table in tables)
 
     def _compute(self, length: int, context: int) -> Tuple[paddle.Tensor, paddle.Tensor]:
         theta = self.theta
@@ -299,6 +300,8 @@ class LlamaDecoder(nn.Layer):
         batch, tokens, _ = inputs_embeds.shape
         if attention_mask is not None and bool((attention_mask != 0).all()):
             attention_mask = None
+        if attention_mask is not None and segment_ids is not None:  # padding is a segment of its own
+            segment_ids = paddle.where(attention_mask != 0, segment_ids, paddle.full_like(segment_ids, -1))
         past = cache.length if cache is not None else 0
         if cache is not None and tokens > 1:
             cache.host_passes = None  # the model may have changed since the last pass
@@ -351,7 +354,9 @@ class LlamaDecoder(nn.Layer):
         real = paddle.ones([batch, tokens], "int64") if attention_mask is None else attention_mask.astype("int64")
         start = past if cache is None or cache.positions is None else cache.positions
         ends = real.cumsum(axis=1) + start
-        return (ends - 1).clip(min=0), past + tokens, ends[:, -1:]
+        # as far as the tables reach; only scaling by length has to know it exactly, for which the host waits
+        longest = int(ends.max()) if self.rotary.kind == "dynamic" else past + tokens
+        return (ends - 1).clip(min=0), longest, ends[:, -1:]
 
     def _bias(self, attention_mask, cache, tokens, dtype):
         """Additive [B, 1, 1, S] of what padding forbids, in the cache too, where there is room after this; None for nothing."""

@@ -4,7 +4,7 @@ Shapes: B rows, V vocabulary, L new tokens.
 """
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -86,8 +86,9 @@ class GenerationSettings:
         require(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1")
         require(self.repetition_penalty > 0, "repetition_penalty", "a number above 0")
         require(self.seed is None or whole("seed", 0), "seed", "a whole number, 0 or more, or None")
-        ends = all(isinstance(each, (int, np.integer)) for each in self.eos_token_ids)
-        require(ends, "eos_token_ids", "token ids, each of which ends an answer by itself")
+        several = isinstance(self.eos_token_ids, (list, tuple))
+        ends = several and all(isinstance(each, (int, np.integer)) for each in self.eos_token_ids)
+        require(ends, "eos_token_ids", "a list of token ids, each of which ends an answer by itself")
         require(whole("num_return_sequences", 1), "num_return_sequences", "a whole number of at least 1")
         if self.decode_strategy == "beam_search":
             require(whole("num_beams", 2), "num_beams", "a whole number of at least 2 for beam_search")
@@ -129,10 +130,13 @@ class GenerationSettings:
         eos = config.eos_token_ids if eos is None else eos
         if "eos_token_ids" not in given:
             values["eos_token_ids"] = list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        if values.get("pad_token_id") is None:
-            pad = config.pad_token_id
-            values["pad_token_id"] = pad if pad is not None and pad >= 0 else (values["eos_token_ids"] or [0])[0]
-        return cls(**values)
+        settings = cls(**values)
+        if given.get("pad_token_id") is not None:
+            return settings
+        # early LLaMA files say -1
+        stored_pads = [each for each in (values.get("pad_token_id"), config.pad_token_id) if each is not None]
+        pads = [each for each in stored_pads if 0 <= each < config.vocab_size]
+        return replace(settings, pad_token_id=[*pads, *settings.eos_token_ids, 0][0])
 
 
 # other names of the same, in PaddleNLP too
@@ -293,7 +297,9 @@ def decode_steps(
         if 2 * len(going) <= len(held):
             cache.reorder(paddle.to_tensor(going))
             held = held[going]
-        logits = model.step(paddle.to_tensor(ids[held].reshape([-1, 1]), dtype="int64"), cache)
+        # an ended row reads what doesn't matter; a pad id of the caller's may be outside the vocabulary
+        read = np.where(ended[held], 0, ids[held])
+        logits = model.step(paddle.to_tensor(read.reshape([-1, 1]), dtype="int64"), cache)
 
 
 def beam_search(
@@ -313,19 +319,21 @@ def beam_search(
     ids = [[[] for _ in range(beams)] for _ in range(prompts)]
     finished: List[List[Tuple[float, List[int]]]] = [[] for _ in range(prompts)]
     done = [False] * prompts
+    candidates = max(2, 1 + len(eos)) * beams  # each beam may like all the ends best
     for step in range(settings.max_new_tokens):
-        if settings.repetition_penalty != 1.0:
+        log_probs = F.log_softmax(logits.astype("float32"), axis=-1).numpy()
+        if settings.repetition_penalty != 1.0:  # of log-probabilities, as in PaddleNLP and transformers
             seen = [list(prompt) + beam for prompt, held in zip(prompt_ids, ids) for beam in held]
-            penalised = penalise_repetition(logits.astype("float32").numpy(), seen, settings.repetition_penalty)
-            logits = paddle.to_tensor(penalised)
-        log_probs = F.log_softmax(logits.astype("float32"), axis=-1).numpy().reshape(prompts, beams, -1)
+            log_probs = penalise_repetition(log_probs, seen, settings.repetition_penalty)
+        log_probs = log_probs.reshape(prompts, beams, -1)
         if step < settings.min_new_tokens and eos:
             log_probs = forbid(log_probs, eos)
         vocabulary = log_probs.shape[-1]
         rows, tokens = [], []
         for p in range(prompts):
             scores = (totals[p][:, None] + log_probs[p]).ravel()
-            best = np.argpartition(-scores, 2 * beams - 1)[: 2 * beams]
+            count = min(candidates, scores.size)
+            best = np.argpartition(-scores, count - 1)[:count]
             best = best[np.argsort(-scores[best], kind="stable")]
             kept_ids, kept_totals, kept_rows = [], [], []
             for rank, flat in enumerate(best):
@@ -340,6 +348,10 @@ def beam_search(
                 kept_rows.append(p * beams + beam)
                 if len(kept_ids) == beams:
                     break
+            for _ in range(beams - len(kept_ids)):  # nothing but ends was left
+                kept_ids.append(ids[p][0] + [0])
+                kept_totals.append(-np.inf)
+                kept_rows.append(p * beams)
             finished[p] = sorted(finished[p], key=lambda pair: -pair[0])[:beams]
             if not done[p]:
                 ids[p], totals[p] = kept_ids, np.array(kept_totals)

@@ -5,7 +5,7 @@ the products are oneDNN's (:mod:`onednn`), which also add, multiply and activate
 memory of Paddle's tensors. See ``benchmarks/README.md`` for figures.
 """
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 import paddle
@@ -54,7 +54,11 @@ class HostPasses:
         decoder, config = model.llama, model.config
         self._tensors = _tensors(model)  # holds what the views look at
         self._places = [tensor.data_ptr() for tensor in self._tensors]
-        self._hooks = _hooks(model)
+        layers = _layers(model)
+        self._hooks = [hooks for each in layers for hooks in (each._forward_pre_hooks, each._forward_post_hooks)]
+        # where each of its parts and numbers hangs: adapters and new vocabularies put others in their place
+        held = [mapping for each in layers for mapping in (each._sub_layers, each._parameters)]
+        self._links = [(mapping, name, part) for mapping in held for name, part in mapping.items()]
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.embeddings, self.norm = host_view(decoder.embed_tokens.weight), _numbers(decoder.norm.weight)
         self.head = None if config.tie_word_embeddings else host_view(model.lm_head.weight)
@@ -77,7 +81,7 @@ class HostPasses:
             return None if any(passes._hooks) else passes
         if not _serves(model, cache):
             return None
-        if passes is None or not passes._holds(model):
+        if passes is None or not passes._in_place():
             passes = model._host_passes = cls(model)
         elif passes.dtype == "bfloat16":  # whose copies may be old
             passes._read_norms(model)
@@ -89,12 +93,10 @@ class HostPasses:
         return type(None), ()
 
     def _in_place(self) -> bool:
-        """Whether the tensors are where they were."""
+        """Whether the tensors are still the model's, and where they were."""
+        if any(mapping.get(name) is not part for mapping, name, part in self._links):
+            return False
         return [tensor.data_ptr() for tensor in self._tensors] == self._places
-
-    def _holds(self, model: Any) -> bool:
-        """Whether they are still the model's."""
-        return self._in_place() and all(ours is its for ours, its in zip(self._tensors, _tensors(model)))
 
     def _read_norms(self, model: Any) -> None:
         self.norm = _numbers(model.llama.norm.weight)
@@ -273,7 +275,7 @@ def _serves(model: Any, cache: KVCache) -> bool:
         return False
     return (
         all(type(each) is nn.Linear and each.bias is None for each in _linears(model))
-        and not any(_hooks(model))
+        and not any(each._forward_pre_hooks or each._forward_post_hooks for each in _layers(model))
         and dtype in (paddle.float32, paddle.bfloat16)
         and all(each.dtype == dtype and each.place.is_cpu_place() for each in _tensors(model))
         and cache.dtype == paddle.float32
@@ -281,10 +283,9 @@ def _serves(model: Any, cache: KVCache) -> bool:
     )
 
 
-def _hooks(model: Any) -> List[Dict]:
-    """Where the hooks of all layers that a step goes through are registered."""
+def _layers(model: Any) -> List[nn.Layer]:
+    """All layers that a step goes through."""
     decoder = model.llama
     parts = decoder.embed_tokens, decoder.norm, decoder.layers
     layers = [model, decoder, *(each for part in parts for each in part.sublayers(include_self=True))]
-    layers += [] if model.config.tie_word_embeddings else [model.lm_head]
-    return [register for each in layers for register in (each._forward_pre_hooks, each._forward_post_hooks)]
+    return layers if model.config.tie_word_embeddings else [*layers, model.lm_head]

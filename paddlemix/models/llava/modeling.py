@@ -302,9 +302,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
     def _embed_text(self, ids: paddle.Tensor) -> paddle.Tensor:
         return self._in_working_dtype(self.llama.embed_tokens(ids))
 
-    @staticmethod
-    def _in_working_dtype(embeddings: paddle.Tensor) -> paddle.Tensor:
-        working = working_dtype(embeddings)
+    def _in_working_dtype(self, embeddings: paddle.Tensor) -> paddle.Tensor:
+        working = working_dtype(self.llama.embed_tokens.weight)
         return embeddings if embeddings.dtype == working else embeddings.astype(working)
 
     def lm_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
@@ -337,10 +336,15 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             inputs_embeds: [B, T, D] in place of input_ids and pixel_values.
             loss_reduction: ``mean`` over the labelled tokens of this call, or their ``sum``.
         """
+        beside = {"labels": labels, "position_ids": position_ids, "segment_ids": segment_ids}
         if inputs_embeds is None:
             self._check_prompts(input_ids, attention_mask)
+        elif input_ids is not None or pixel_values is not None:
+            raise UserError("inputs_embeds stands in place of input_ids and pixel_values; leave it or them out.")
+        else:
+            beside["attention_mask"] = attention_mask
         shape = list((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
-        for name, given in (("labels", labels), ("position_ids", position_ids), ("segment_ids", segment_ids)):
+        for name, given in beside.items():
             if given is not None and list(given.shape) != shape:
                 raise UserError(f"{name} has the shape {list(given.shape)}; expected {shape}, as the prompts have.")
         # on a CPU weights in bfloat16 can't learn, so a pass without labels isn't for learning either
@@ -349,6 +353,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             if inputs_embeds is None:
                 features = self.encode_images(pixel_values, image_sizes) if pixel_values is not None else None
                 inputs_embeds = self.embed(input_ids, features)
+            inputs_embeds = self._in_working_dtype(inputs_embeds)
             hidden = self.llama(inputs_embeds, attention_mask, position_ids, segment_ids)
 
         def logits() -> paddle.Tensor:
@@ -398,6 +403,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
     ) -> paddle.Tensor:
         """Reads [B, T, D] into the cache; logits [B, V] after the last token."""
         inputs_embeds = self._in_working_dtype(inputs_embeds)
+        cache.host_passes = None  # the model may have changed since the last pass
         batch, tokens, width = inputs_embeds.shape
         simple = attention_mask is None and inputs_embeds.dtype == paddle.float32
         if simple and (batch, width) == (cache.batch_size, self.config.hidden_size):
@@ -432,8 +438,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         """Continues prompts; PaddleNLP's convention.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_sizes: a batch from the processor; padding on the left.
-            generation_config: PaddleNLP's, also in the second place; default the model's own, from the checkpoint's
+            input_ids, attention_mask, pixel_values, image_sizes: a batch from the processor; padding on the left. Without a
+                mask, pad ids at the beginning of a row are padding, unless they begin or end a text.
+            generation_config: PaddleNLP's or a dict, also in the second place; default the model's own, from the checkpoint's
                 generation_config.json or with PaddleNLP's defaults (greedy, 20 tokens; sampling among the 50 likeliest).
             streamer: PaddleNLP's TextStreamer, for a batch of one; not with beam search.
             cache: what the prompts follow, one row each; with room for them and what is new. It is used up.
@@ -445,10 +452,14 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         """
         if attention_mask is not None and not isinstance(attention_mask, paddle.Tensor):
             generation_config, attention_mask = attention_mask, None
+        if isinstance(generation_config, dict):
+            generation_config, kwargs = None, {**generation_config, **kwargs}
         settings = GenerationSettings.build(self.config, generation_config or self.generation_config, kwargs)
         if streamer is not None and settings.decode_strategy == "beam_search":
             raise UserError("a streamer can't follow beam_search, which changes its mind; leave one of them out.")
         self._check_prompts(input_ids, attention_mask, settings.max_new_tokens)
+        if attention_mask is None and cache is None:
+            attention_mask = self._mask_of_padding(input_ids, settings)
         if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
             raise UserError("the prompts are padded on the right; pad on the left to generate (LlavaProcessor does).")
         training = self.training
@@ -481,6 +492,15 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         longest = max(len(row) for row in rows)
         padded = [row + [settings.pad_token_id] * (longest - len(row)) for row in rows]
         return paddle.to_tensor(padded, dtype="int64"), paddle.to_tensor(scores, dtype="float32").unsqueeze(1)
+
+    def _mask_of_padding(self, input_ids, settings) -> Optional[paddle.Tensor]:
+        """[B, T] of rows that begin with pad ids, as PaddleNLP's generate makes it; None where none does."""
+        pad = settings.pad_token_id
+        if pad == self.config.bos_token_id or pad in settings.eos_token_ids:
+            return None
+        leading = np.logical_and.accumulate(input_ids.numpy() == pad, axis=1)
+        leading[leading.all(axis=1)] = False  # no prompt is nothing but padding
+        return paddle.to_tensor(1 - leading.astype(np.int64)) if leading.any() else None
 
     def _collect(self, cache, logits, settings, prompts, streamer):
         """Runs decode_steps to its end: the ids of each row up to its end token, and their mean log-probability."""
