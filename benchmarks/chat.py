@@ -61,10 +61,14 @@ def measure(shape, arguments):
     figures = {side: {} for side in text_sides}
     workers = {}
     opened = {
-        side: (python, script, {"folder": folder, "dtype": extra.pop("dtype", "float32")})
+        side: (python, script, {"folder": folder, "device": arguments.device, "dtype": extra.pop("dtype", "float32")})
         for side, (python, script, extra) in sides.items()
     }
-    opened[OWN_LAYOUT] = (sys.executable, "worker_paddle.py", {"folder": saved_again(folder, arguments)})
+    opened[OWN_LAYOUT] = (
+        sys.executable,
+        "worker_paddle.py",
+        {"folder": saved_again(folder, arguments), "device": arguments.device},
+    )
     loads = {side: [] for side in opened}
     for repeat in range(arguments.load_repeats):
         for side, (python, script, request) in opened.items():
@@ -219,6 +223,7 @@ def main():
     parser.add_argument(
         "--stored", choices=["float32", "float16"], default="float32", help="what the weights' files hold"
     )
+    parser.add_argument("--device", default="cpu", help="what Paddle and torch compute on: cpu, gpu, gpu:1, …")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where the weights are kept")
     parser.add_argument("--output", type=Path, help="JSON with all figures")

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent / "paddlemix" / "tools"
@@ -27,11 +28,13 @@ PACKED = {"mixtoken": True, "per_device_train_batch_size": 1}
 
 
 def prepare(folder: Path, rows: int) -> None:
-    """easy-VQA as JSON, and the model in Hugging Face's layout."""
+    """easy-VQA as JSON, with all questions of a picture in a row and with one, and the model in Hugging Face's layout."""
     run = [sys.executable]
-    if not (folder / "easy_vqa" / "train.json").exists():
-        script = HERE.parent / "paddlemix" / "examples" / "llava" / "easy_vqa.py"
-        subprocess.run([*run, str(script), "--output_dir", str(folder / "easy_vqa"), "--limit", str(rows)], check=True)
+    for name, rounds in (("easy_vqa", 0), ("easy_vqa_single", 1)):
+        if not (folder / name / "train.json").exists():
+            script = HERE.parent / "paddlemix" / "examples" / "llava" / "easy_vqa.py"
+            options = ["--output_dir", str(folder / name), "--rounds", str(rounds), "--limit", str(rows)]
+            subprocess.run([*run, str(script), *options], check=True)
     if not (folder / "huggingface").exists():
         script = TOOLS / "convert_checkpoint.py"
         out = ["--output_dir", str(folder / "huggingface"), "--layout", "huggingface", "--dtype", "float32"]
@@ -148,33 +151,42 @@ def main():
             a, b = median("ours", key), median("theirs", key)
             cells += [f"{a:.0f}" if a > 99 else f"{a:.2f}", f"{b:.0f}" if b > 99 else f"{b:.2f}", f"{a / b:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
-    packing(folder, base, arguments)
+    print("\n| LoRA, rows of | batches | tokens in one | supervised tokens/s | padding |\n|---|---|---|---|---|")
+    packing("all questions", folder / "easy_vqa", folder, base, arguments)
+    packing("one question", folder / "easy_vqa_single", folder, base, arguments, arguments.max_length)
 
 
-def packing(folder: Path, base: dict, arguments) -> None:
-    """LoRA on padded batches and on packed sequences of as many tokens, and what share of either is padding."""
+def packing(what: str, data: Path, folder: Path, base: dict, arguments, room: Optional[int] = None) -> None:
+    """LoRA on padded batches and on packed sequences, and what share of either is padding.
+
+    Args:
+        what: the rows of ``data``, for the table.
+        room: tokens of a packed sequence; as many as in a padded batch if None.
+    """
     import numpy as np
 
     from paddlemix.datasets.packing import pack_lengths
     from paddlemix.processors.llava import LlavaProcessor
 
     processor = LlavaProcessor.from_pretrained(MODEL)
-    rows = json.loads((folder / "easy_vqa" / "train.json").read_text())
-    samples = [dict(row, image=str(folder / "easy_vqa" / row["image"])) for row in rows]
+    rows = json.loads((data / "train.json").read_text())
+    samples = [dict(row, image=str(data / row["image"])) for row in rows]
     lengths = [len(processor.encode_conversation(row)["input_ids"]) for row in samples]
     order = np.random.default_rng(0).permutation(lengths)
     batches = [order[i : i + arguments.batch] for i in range(0, len(order), arguments.batch)]
-    room = arguments.batch * max(lengths)
+    room = room or arguments.batch * max(lengths)
     packs = pack_lengths(lengths, room)
-    waste = {
-        "padded": 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches),
-        "packed": 1 - sum(lengths) / (room * len(packs)),
+    padded = [len(batch) * max(batch) for batch in batches]
+    figures = {
+        "padded": (statistics.mean(padded), 1 - sum(lengths) / sum(padded)),
+        "packed": (room, 1 - sum(lengths) / (room * len(packs))),
     }
-    print("\n| LoRA | supervised tokens/s | padding |\n|---|---|---|")
+    base = {**base, **LORA, "dataset": {"train": [{"name": "chatml_dataset", "data_files": str(data / "train.json")}]}}
     for name, changes in (("padded", {}), ("packed", {**PACKED, "max_length": room})):
-        speeds = [ours(folder, {**base, **LORA, **changes}, arguments.threads) for _ in range(arguments.repeats)]
+        speeds = [ours(folder, {**base, **changes}, arguments.threads) for _ in range(arguments.repeats)]
         speed = statistics.median(one["tokens_per_second"] for one in speeds)
-        print(f"| {name} | {speed:.1f} | {100 * waste[name]:.1f}% |", flush=True)
+        tokens, waste = figures[name]
+        print(f"| {what} | {name} | {tokens:.0f} | {speed:.1f} | {100 * waste:.1f}% |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a worker does, the same for either side: one JSON request a line on stdin, one JSON answer a line on stdout.
 
-    {"do": "load", "folder": …, "dtype": float32 or bfloat16}
+    {"do": "load", "folder": …, "dtype": float32 or bfloat16, "device": cpu, gpu, …}
                                     -> {"seconds": to the first token of a text prompt, "peak_mb": …, "weights_mb": …}
     {"do": "save", "folder": …}     -> {}, of the side that has a layout of its own
     {"do": "chat", "turns": n}      -> {"first": [seconds to the first token of each turn], "answers": [[ids] of each turn]}

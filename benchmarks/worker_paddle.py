@@ -31,8 +31,9 @@ def answer(cache, logits, count=protocol.ANSWER_TOKENS):
     return ids, moments
 
 
-def load(folder, dtype="float32"):
+def load(folder, dtype="float32", device="cpu"):
     global model
+    paddle.set_device(device)
     model = LlavaLlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     ids = paddle.to_tensor([protocol.question(0, model.config.vocab_size)])
     model.generate(ids, max_new_tokens=1)

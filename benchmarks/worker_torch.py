@@ -30,7 +30,8 @@ class Clock(BaseStreamer):
 def generate(ids, count, pixel_values=None, cache=None):
     """ids [B, T] (with the whole history) -> new ids [B, count] and their moments; a cache skips what it holds."""
     clock = Clock()
-    inputs = {"pixel_values": pixel_values.to(model.dtype)} if pixel_values is not None else {}
+    ids = ids.to(model.device)
+    inputs = {} if pixel_values is None else {"pixel_values": pixel_values.to(model.device, model.dtype)}
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -44,9 +45,10 @@ def generate(ids, count, pixel_values=None, cache=None):
     return out[:, ids.shape[1] :], clock.moments[1:]
 
 
-def load(folder, dtype="float32"):
+def load(folder, dtype="float32", device="cpu"):
     global model
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.to(device.replace("gpu", "cuda"))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     ids = torch.tensor([protocol.question(0, model.config.text_config.vocab_size)])

@@ -1,10 +1,16 @@
 """What a description names of what is known to be in the picture."""
 
+import re
 from typing import Sequence
 
 from paddlemix.evaluation.vqa import normalize_answer
 
 __all__ = ["fact_recall"]
+
+# scripts without spaces between words: Thai, Lao, Burmese, Khmer, and from the kana on the Chinese characters
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
+)
 
 
 def fact_recall(prediction: str, facts: Sequence[str]) -> float:
@@ -18,4 +24,5 @@ def fact_recall(prediction: str, facts: Sequence[str]) -> float:
         raise ValueError("facts is empty: there is nothing that the description could name")
     # VQA's normalisation leaves a colon at its word, as in "red circle: 0.10, …"
     said = f" {normalize_answer(prediction.replace(':', ' '))} "
-    return sum((f" {normalize_answer(fact)} " if fact.isascii() else fact) in said for fact in facts) / len(facts)
+    facts = [normalize_answer(fact) for fact in facts]
+    return sum((fact if UNSPACED.search(fact) else f" {fact} ") in said for fact in facts) / len(facts)

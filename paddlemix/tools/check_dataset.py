@@ -277,6 +277,20 @@ def beyond_positions(found: SplitReport, config: Any) -> Optional[str]:
     )
 
 
+def less_than_a_step(samples: int, settings: Dict[str, Any]) -> Optional[str]:
+    """Says so if so many samples give one process nothing to do; training refuses it."""
+    from paddlemix.tools.supervised_finetune import check_batch
+
+    default = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 1.0}
+    default.update(dataloader_drop_last=False, max_steps=-1)
+    plan = argparse.Namespace(**{key: settings.get(key, value) for key, value in default.items()})
+    try:
+        check_batch(plan, samples, ranks=1)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def needed_splits(settings: Dict[str, Any]) -> List[str]:
     """The splits that the run reads, by the training arguments' own defaults."""
     from paddlemix.trainer.run_folder import trains
@@ -294,21 +308,26 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
     from paddlemix.models.llava.hub import resolve
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.processors.tokenizer import load_tokenizer
-    from paddlemix.tools.supervised_finetune import record_template
+    from paddlemix.tools.supervised_finetune import check_vocabulary, record_template
 
-    folder = resolve(settings["model_name_or_path"])
-    adapter = resolve(settings["lora_path"]) if settings.get("lora_path") else None
+    wrong: List[Problem] = []
+    entries = parse_dataset_key(settings["dataset"], flags.config.parent, wrong)
+    for problem in wrong:
+        print(f"problem: {problem}")
+    if wrong and not any(entries.values()):
+        return False  # before a model is fetched
+    folder = resolve(settings["model_name_or_path"], weights=False)
+    adapter = resolve(settings["lora_path"], weights=False) if settings.get("lora_path") else None
     ratio = settings.get("image_aspect_ratio")
     processor = LlavaProcessor.from_pretrained(folder, image_aspect_ratio=ratio, adapter=adapter)
     if settings.get("text_model_name_or_path"):
-        processor.tokenizer = load_tokenizer(resolve(settings["text_model_name_or_path"]))
+        processor.tokenizer = load_tokenizer(resolve(settings["text_model_name_or_path"], weights=False))
+        check_vocabulary(processor.tokenizer, processor.config)
     if settings.get("version"):
         get_template(settings["version"])
         processor.config.conversation_template = settings["version"]
         processor.chat_template = None
     max_length = settings.get("max_length", 2048)
-    wrong: List[Problem] = []
-    entries = parse_dataset_key(settings["dataset"], flags.config.parent, wrong)
     needed = needed_splits(settings)
     if "train" in needed:
         try:
@@ -316,10 +335,7 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
         except UserError:
             logger.debug("a chat template can't be read; the split's report says so", exc_info=True)
 
-    sound = True
-    for problem in wrong:
-        print(f"problem: {problem}")
-        sound = False
+    sound = not wrong
     for name in ("train", "eval"):
         if not entries[name]:
             if name in needed and not wrong:
@@ -335,9 +351,11 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
         elif not found.samples:
             print(f"problem: no row of {name} keeps a token to learn with max_length {max_length}.")
             sound = False
-        too_long = beyond_positions(found, processor.config)
-        if too_long:
-            print(f"problem: {too_long}")
+        unfit = [beyond_positions(found, processor.config)]
+        if name == "train" and name in needed and found.samples and not settings.get("mixtoken"):
+            unfit.append(less_than_a_step(found.samples, settings))
+        for problem in filter(None, unfit):
+            print(f"problem: {problem}")
             sound = False
         for line in show(found, flags.show, processor.tokenizer, wants_colour(sys.stdout)):
             print(line)

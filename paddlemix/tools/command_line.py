@@ -1,19 +1,13 @@
 """What the programs have in common: how they read their flags, and how they end."""
 
 import argparse
-import errno
 import os
 import sys
 from typing import Callable
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UNWRITABLE, UserError
 
 __all__ = ["Parser", "exit_status"]
-
-# what the disk or its rights are to blame for
-_UNWRITABLE = frozenset(
-    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG]
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +32,7 @@ def exit_status(work: Callable[[], int], interrupted: str = "stopped") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in UNWRITABLE:
             raise
         print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}.", file=sys.stderr)
         return 1

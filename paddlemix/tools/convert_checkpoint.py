@@ -67,6 +67,7 @@ def convert(
     from paddlemix.processors.llava import LlavaProcessor
 
     output = Path(os.path.expanduser(output_dir)).resolve()  # a link stays, and what it points to is written
+    remove_left_over(output)
     check_output(output, overwrite)  # before anything is downloaded
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)
@@ -114,6 +115,15 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
+
+
+def remove_left_over(output: Path) -> None:
+    """What a conversion into ``output`` that was killed has left, inside it or beside it."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.\d+\.partial")
+    for place in (output, output.parent):
+        for path in place.iterdir() if place.is_dir() else ():
+            if name.fullmatch(path.name):
+                shutil.rmtree(path)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -223,7 +233,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 args.model_name_or_path, args.output_dir, args.layout, args.dtype, args.max_shard_size, args.overwrite
             )
         except OSError as error:
-            raise UserError(f"{args.output_dir} can't be written: {error.strerror or error}.") from error
+            what = (
+                f"{error.filename} can't be read or written"
+                if error.filename
+                else f"{args.output_dir} can't be written"
+            )
+            raise UserError(f"{what}: {error.strerror or error}.") from error
         print(output)
         return 0
 

@@ -33,6 +33,7 @@ from paddlemix.tools.command_line import Parser, exit_status
 logger = logging.getLogger("paddlemix.evaluate")
 
 IOU_THRESHOLD = 0.5
+UNTYPED = "all"  # the question type of a row that names none
 METRICS = {"exact": "exact match", "box": f"IoU >= {IOU_THRESHOLD}", "facts": "facts named"}
 
 
@@ -74,11 +75,13 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
                 if isinstance(image, Path) and not image.is_file():
                     raise UserError(f"{image} doesn't exist; expected a picture.")
             answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            types = _per_turn(row, "question_type", len(answers), str, "all")
+            types = _per_turn(row, "question_type", len(answers), str, UNTYPED)
             facts = _per_turn(row, "facts", len(answers), list, None)
         except UserError as error:
             raise UserError(f"{rows.where(number)}: {error}") from None
         for order, position in enumerate(answers):
+            if not messages[position]["content"].strip():
+                continue  # nothing that an answer could be held against; fine-tuning's evaluation leaves it out too
             history = messages[:position]
             seen = sum(message["content"].count(IMAGE_TOKEN) for message in history)
             turns.append(
@@ -87,7 +90,7 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
     for problem in rows.problems:
         raise UserError(str(problem))
     if not turns:
-        raise UserError(f"{data_file} has no assistant turn, so there is nothing to evaluate.")
+        raise UserError(f"{data_file} has no assistant turn with words, so there is nothing to evaluate.")
     return turns
 
 
@@ -202,9 +205,12 @@ def table(figures: Dict[str, Dict[str, Any]]) -> str:
         total[figure["metric"]][0] += figure["count"]
         total[figure["metric"]][1] += figure["count"] * figure["score"]
         lines.append(f"{kind:24} {METRICS[figure['metric']]:12} {figure['count']:7} {100 * figure['score']:7.2f}%")
-    if len(figures) > 1:
+    untyped = [kind for kind in figures if kind == UNTYPED or kind.startswith(f"{UNTYPED} (")]
+    if len(figures) > max(1, len(untyped)):
         for metric, (count, points) in total.items():
-            lines.append(f"{'all':24} {METRICS[metric]:12} {int(count):7} {100 * points / count:7.2f}%")
+            lines.append(
+                f"{'all types' if untyped else 'all':24} {METRICS[metric]:12} {int(count):7} {100 * points / count:7.2f}%"
+            )
     return "\n".join(lines)
 
 

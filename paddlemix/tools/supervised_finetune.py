@@ -110,12 +110,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
     )
     if args.text_model_name_or_path:
         processor.tokenizer = load_tokenizer(checkpoint.resolve(args.text_model_name_or_path))
-        if len(processor.tokenizer) > config.vocab_size:
-            raise UserError(
-                f"text_model_name_or_path names a tokenizer of {len(processor.tokenizer)} ids, but the model has "
-                f"{config.vocab_size}; name one of the model's own family."
-            )
-
+        check_vocabulary(processor.tokenizer, config)
     if args.version:
         processor.chat_template = None
     if args.do_train:
@@ -135,7 +130,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
         if args.mixtoken:
             parts["train"] = PackedDataset(parts["train"], args.max_length, args.seed)
             lengths = [abs(length) for length in parts["train"].lengths]
-        check_batch(args, len(parts["train"]))
+        check_batch(args, len(parts["train"]), args.dataset_world_size)
 
     config.dtype = args.compute_dtype
     with checkpoint.no_init(args.compute_dtype):
@@ -231,8 +226,17 @@ def check_questions(dataset: Any, args: Any) -> None:
         )
 
 
-def check_batch(args: Any, samples: int) -> None:
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"text_model_name_or_path names a tokenizer of {len(tokenizer)} ids, but the model has {config.vocab_size}; name "
+            "one of the model's own family."
+        )
+
+
+def check_batch(args: Any, samples: int, ranks: int) -> None:
+    """That there is a step to take."""
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     if args.dataloader_drop_last and samples < size:
         raise UserError(
             f"dataloader_drop_last is true, but the {samples} samples don't fill one global batch of {size}; set it to "

@@ -60,6 +60,13 @@ def test_a_caption_is_scored_by_the_facts_it_names():
     assert fact_recall("hundred circles", ["red circle"]) == 0.0
 
 
+def test_facts_in_other_languages_with_spaces_are_words_too():
+    assert fact_recall("A Café and a red circle.", ["Café", "red circle"]) == 1.0
+    assert fact_recall("Ein Grüner Kreis.", ["grüner Kreis"]) == 1.0
+    assert fact_recall("das sind die grünen", ["grün"]) == 0.0
+    assert fact_recall("これは赤い丸です", ["赤い丸"]) == 1.0
+
+
 def test_facts_in_lists_and_in_chinese():
     listed = "small red circle: 0.10, 0.10, 0.30, 0.30; large blue star: 0.50, 0.50, 0.90, 0.90"
     assert fact_recall(listed, ["red circle", "blue star", "red star"]) == 2 / 3

@@ -237,6 +237,15 @@ def test_a_refusal_is_quick_and_needs_no_installation(tmp_path, environment):
     assert time.perf_counter() - started < 5  # Paddle is not even imported
 
 
+def test_another_package_of_that_name_is_not_run(tmp_path, environment):
+    """Users of PaddleMIX have one installed."""
+    (tmp_path / "paddlemix").mkdir()
+    (tmp_path / "paddlemix" / "__init__.py").write_text("")
+    environment = {**environment, "PYTHONPATH": str(tmp_path)}
+    status, out, err = run("--help", cwd=tmp_path, environment=environment)
+    assert status == 0 and "--image-file" in out, err
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

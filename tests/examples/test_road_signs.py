@@ -34,6 +34,16 @@ def test_rows_and_pictures(tmp_path):
     assert 50 < first.count(road_signs.SAYS) < 110  # either question comes first, so that each is learnt by itself
 
 
+def test_where_it_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert road_signs.main(["--output_dir=~/signs"]) == 0
+    assert (tmp_path / "signs" / "train.json").is_file()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "images").write_text("x")
+    assert road_signs.main(["--output_dir", str(tmp_path / "bad")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/bad/images can't be written: File exists.\n"
+
+
 def test_every_sign_is_drawn_in_its_color():
     seen = set()
     for seed in list(road_signs.TRAIN)[:16] + list(road_signs.TEST)[:16]:

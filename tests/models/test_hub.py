@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,8 +34,8 @@ class Store(BaseHTTPRequestHandler):
         store = self.server.store
         store.requests.append((self.command, self.path))
         parts = self.path.split("?")[0].strip("/").split("/")
-        if store.refuses:
-            return self.send(store.refuses, b"", {}, body)
+        if store.refuses or (self.command, parts[-1]) in store.fails:
+            return self.send(store.refuses or store.fails.pop((self.command, parts[-1])), b"", {}, body)
         if parts[:2] == ["api", "models"] and store.lists:
             name = "/".join(parts[2:4])
             folder = store.hugging_face / name
@@ -54,15 +55,21 @@ class Store(BaseHTTPRequestHandler):
             return self.send(404, b"", known if store.lists else {}, body)
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest()[:40]
-        self.send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data))}, body)
+        known = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data))}
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers["Range"] else 0
+        if start and store.ranges:
+            store.resumed.append(path.name)
+            return self.send(206 if start < len(data) else 416, data[start:], known, body)
+        self.send(200, data, known, body, store.cuts.pop(path.name, None) if body else None)
 
-    def send(self, status, data, headers, body):
+    def send(self, status, data, headers, body, most=None):
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(data[:most])
+            self.close_connection = most is not None
 
     def log_message(self, *_):
         pass
@@ -73,6 +80,9 @@ class Stores:
         self.hugging_face, self.paddle, self.address = root / "hugging_face", root / "paddle", address
         self.requests = []
         self.lists, self.refuses = True, None
+        self.fails = {}  # (method, file) -> status, once
+        self.cuts = {}  # file -> bytes after which the connection breaks, once
+        self.ranges, self.resumed = True, []
 
     def downloads(self):
         return [path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET" and "/api/" not in path]
@@ -237,6 +247,80 @@ def test_a_store_with_half_a_model(stores):
         checkpoint.resolve("paddlemix/llava/llava-v1.5-13b")
 
 
+@pytest.mark.parametrize(
+    "method, file", [("HEAD", "tokenizer.model"), ("HEAD", "config.json"), ("GET", "model_state.pdparams")]
+)
+def test_an_error_of_the_store_that_passes(stores, method, file):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    stores.fails[method, file] = 503
+    with pytest.raises(UserError, match="the server answers 503 Service Unavailable"):
+        checkpoint.resolve("paddlemix/llava/llava-v1.5-7b")
+    opens("paddlemix/llava/llava-v1.5-7b")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_breaks_goes_on_where_it_was(stores, tmp_path, monkeypatch, ranges):
+    monkeypatch.setattr("paddlenlp.utils.download.common.DOWNLOAD_CHUNK_SIZE", 1 << 16)  # else all of it is one piece
+    folder = write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    stores.ranges, stores.cuts = ranges, {"model_state.pdparams": (folder / "model_state.pdparams").stat().st_size // 2}
+    with pytest.raises(UserError, match="model store .*IncompleteRead"):
+        checkpoint.resolve("paddlemix/llava/llava-v1.5-7b")
+    opens("paddlemix/llava/llava-v1.5-7b")
+    assert stores.resumed == (["model_state.pdparams"] if ranges else [])
+    place = tmp_path / "ppnlp/models"
+    assert not [path for path in place.rglob("*") if path.name.startswith("tmp") or path.name.endswith(".incomplete")]
+
+
+def test_all_of_a_file_was_there_already(stores, tmp_path):
+    """A start that was killed between the last byte and the file's own name."""
+    folder = write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    begun = tmp_path / "ppnlp/models/paddlemix/llava/llava-v1.5-7b/model_state.pdparams.incomplete"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes((folder / "model_state.pdparams").read_bytes())
+    opens("paddlemix/llava/llava-v1.5-7b")
+
+
+@pytest.mark.parametrize(
+    "name, variable", [("paddlemix/llava/llava-v1.5-7b", "PPNLP_HOME"), ("llava-hf/tiny", "HF_HOME")]
+)
+def test_a_place_that_cannot_be_written_is_named(stores, tmp_path, monkeypatch, name, variable):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    write_hugging_face(stores.hugging_face / "llava-hf/tiny")
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"look at the room and the rights of {tmp_path}/file/.*{variable}"):
+        checkpoint.resolve(name)
+
+
+def test_small_files_alone(stores):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    write_hugging_face(stores.hugging_face / "llava-hf/tiny")
+    for lists in (True, False):
+        stores.lists = lists
+        for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
+            assert (hub.resolve(name, weights=False) / "config.json").is_file()
+    assert not [file for file in stores.downloads() if file.startswith("model")]
+    for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
+        opens(name)
+
+
+def test_an_endpoint_may_end_with_a_slash(stores, monkeypatch):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    write_hugging_face(stores.hugging_face / "llava-hf/tiny")
+    for variable in ("HF_ENDPOINT", "PPNLP_ENDPOINT"):
+        monkeypatch.setenv(variable, stores.address + "/")
+    opens("paddlemix/llava/llava-v1.5-7b")
+    opens("llava-hf/tiny")
+    assert not [path for _, path in stores.requests if "//" in path]
+
+
+def test_an_index_that_names_no_shards(stores):
+    folder = write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-13b", shards=2)
+    write_json(folder / "model_state.pdparams.index.json", {"weight_map": []})
+    with pytest.raises(UserError, match="has no weight_map"):
+        checkpoint.resolve("paddlemix/llava/llava-v1.5-13b")
+
+
 def test_a_paddle_name_that_is_not_there(stores, tmp_path):
     with pytest.raises(UserError) as refusal:
         checkpoint.resolve("paddlemix/llava-v9-7b")
@@ -268,9 +352,17 @@ def test_paddles_store_without_a_network(unreachable):
 
 
 def test_what_the_server_answers_is_said(stores):
-    stores.refuses = 403
-    with pytest.raises(UserError, match="the server answers 403 Forbidden"):
-        checkpoint.resolve("llava-hf/tiny")
+    for status, said in (
+        (403, "403 Forbidden.*HF_TOKEN"),
+        (401, "401 Unauthorized.*HF_TOKEN"),
+    ):
+        stores.refuses = status
+        with pytest.raises(UserError, match=f"the server answers {said}"):
+            checkpoint.resolve("llava-hf/tiny")
+    for status in (401, 403, 503):
+        stores.refuses = status
+        with pytest.raises(UserError, match=f"model store .the server answers {status}"):
+            checkpoint.resolve("paddlemix/llava/llava-v1.5-7b")
 
 
 def test_offline_mode_asks_nobody(stores, monkeypatch):

@@ -223,6 +223,27 @@ def test_a_wrong_configuration_is_one_sentence(run_here, folder, keys, arguments
     assert done.stderr.count("error: ") == 1 and len(done.stderr.splitlines()) == 1
 
 
+def test_data_that_are_not_there_are_named_before_a_model_is_fetched(run_here, folder, monkeypatch):
+    monkeypatch.setattr("paddlemix.models.llava.hub.resolve", lambda *_, **__: pytest.fail("asked for the model"))
+    dataset = {"train": {"data_files": "none.json"}}
+    done = run_here(config(folder, "none.json.config", model_name_or_path="llava-hf/tiny", dataset=dataset))
+    assert done.returncode == 1 and "none.json" in done.stdout and "not sound" in done.stdout
+
+
+def test_what_training_refuses_is_not_sound(run_here, folder, tmp_path):
+    for keys, message in (
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 500}, "don't fill one global batch of 500"),
+        ({"num_train_epochs": 0.001}, "num_train_epochs is 0.001"),
+    ):
+        done = run_here(config(folder, "less.json", **keys))
+        assert done.returncode == 1 and f"problem: {next(iter(keys))} is" in done.stdout and message in done.stdout
+        assert "sound: training can start" not in done.stdout.replace("not sound", "")
+    tiny_folder(tmp_path / "model", vocab_size=40)
+    keys = {"model_name_or_path": str(tmp_path / "model"), "text_model_name_or_path": str(folder / "model")}
+    done = run_here(config(folder, "words.json", **keys))
+    assert done.returncode == 1 and "but the model has 40; name one of the model's own family" in done.stderr
+
+
 def test_without_a_configuration_it_shows_how_it_is_used(run_here, tmp_path):
     done = run_here()
     assert done.returncode == 2 and "usage: check_dataset.py CONFIG.json" in done.stderr

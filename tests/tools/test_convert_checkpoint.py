@@ -345,6 +345,25 @@ def test_a_disk_that_is_full_leaves_nothing_behind(sources, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_conversion_has_left_goes(sources, tmp_path):
+    out, beside = tmp_path / "out", tmp_path / ".out.77.partial"
+    for left in (out / ".out.123.partial", beside, tmp_path / ".out.v2.5.partial"):
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(b"x" * 100)
+    assert run(sources["toolkit", "llava"], out, "original") == 0
+    same_weights(out, sources["toolkit", "llava"])
+    assert not (out / ".out.123.partial").exists() and not beside.exists()
+    assert (tmp_path / ".out.v2.5.partial").exists()  # of a conversion into out.v2
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_output(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("PPMIX_HOME", str(tmp_path / "file"))
+    message = refused(capsys, tmp_path / "model.gguf", tmp_path / "out", "toolkit")
+    assert str(tmp_path / "out") not in message and "model.gguf" in message
+
+
 def test_the_template_beside_a_checkpoint_goes_with_it(tmp_path, sources, caplog):
     source = tmp_path / "source"
     shutil.copytree(sources["toolkit", "llava"], source)

@@ -180,8 +180,14 @@ def test_right_answers_count_by_type(checkpoint, data, capsys):
         ["all", "exact", "match", "1", "0.00%"],
         ["color", "exact", "match", "2", "100.00%"],
         ["count", "exact", "match", "1", "100.00%"],
-        ["all", "exact", "match", "4", "75.00%"],
+        ["all", "types", "exact", "match", "4", "75.00%"],
     ]
+
+
+def test_a_reference_without_words_is_not_asked_for(checkpoint, data):
+    rows = [{"image": "red.png", "conversations": [["<image>\nWhat?", ""], ["And?", "x"]]}]
+    _, records = run(checkpoint, write(data / "empty.json", rows))
+    assert [(record["turn"], record["reference"]) for record in records] == [(1, "x")]
 
 
 def test_metric_follows_from_the_reference():

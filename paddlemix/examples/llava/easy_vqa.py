@@ -11,6 +11,7 @@ were published, so an exact match with the 13 answers can be counted.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -100,9 +101,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     def work() -> int:
         if min(options.rounds, options.test_rounds) < 0:
             raise UserError("--rounds and --test_rounds are 0 (all questions of a picture) or more.")
-        source = package_data()
+        source, output_dir = package_data(), Path(os.path.expanduser(options.output_dir))
         for split, rounds in (("train", options.rounds), ("test", options.test_rounds)):
-            print(convert(source, options.output_dir, split, rounds, options.limit))
+            print(convert(source, output_dir, split, rounds, options.limit))
         return 0
 
     return exit_status(work)

@@ -9,6 +9,7 @@ and whether a driver may go on.
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        write(Path(arguments.output_dir))
+        write(Path(os.path.expanduser(arguments.output_dir)))
         print(f"{len(TRAIN)} pictures to learn from and {len(TEST)} to test with are in {arguments.output_dir}")
         return 0
 

@@ -17,11 +17,10 @@ import time
 import traceback
 import urllib.parse
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Sequence
 
-if find_spec("paddlemix") is None:  # run from a clone that is not installed
+if __package__ in (None, ""):  # run by its path, from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from paddlemix.errors import UserError

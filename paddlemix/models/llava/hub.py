@@ -11,9 +11,9 @@ import os
 import re
 from pathlib import Path
 from textwrap import shorten
-from typing import Callable, Iterable, List, Optional, Union
+from typing import Callable, Iterable, Iterator, List, Optional, Union
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UNWRITABLE, UserError
 from paddlemix.models.llava.adapter_files import ADAPTER_FILES, config_of
 from paddlemix.models.llava.tensor_files import WEIGHT_FILES, find_weights, read_json, write_json
 
@@ -43,13 +43,14 @@ def cache_home() -> Path:
     return Path(os.path.expanduser(os.environ.get("PPMIX_HOME") or Path.home() / ".paddlemix"))
 
 
-def resolve(name_or_folder: Union[str, Path]) -> Path:
+def resolve(name_or_folder: Union[str, Path], weights: bool = True) -> Path:
     """The folder of a checkpoint.
 
     Args:
         name_or_folder: a folder; a ``.gguf`` file (its decoder is converted once, into the cache); the built-in model's
             name; ``paddlemix/…`` from PaddleNLP's store (``PPNLP_ENDPOINT``, ``PPNLP_HOME``); any other ``org/name``
             from the Hugging Face hub (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``).
+        weights: whether they have to be there; without them, what is to be fetched is small.
 
     Raises:
         UserError: nothing of that name, or no network; it says which files to put where.
@@ -79,7 +80,9 @@ def resolve(name_or_folder: Union[str, Path]) -> Path:
             f"paddlemix/llava/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf or {DEFAULT_MODEL}."
         )
     name = text.rstrip("/")
-    return _from_paddle(_paddle_names(name)) if name.startswith("paddlemix/") else _from_hugging_face(name)
+    if name.startswith("paddlemix/"):
+        return _from_paddle(_paddle_names(name), weights)
+    return _from_hugging_face(name, weights)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -132,12 +135,29 @@ def _weight_choice() -> str:
     return " or ".join(name for name in WEIGHT_FILES if not name.endswith(".index.json"))
 
 
-def _unreachable(name: str, store: str, folder: Path, reason: str) -> UserError:
+def _unreachable(
+    name: str, store: str, folder: Path, reason: str, remedy: str = "check the name and the network"
+) -> UserError:
     return UserError(
-        f"{name} can't be fetched from {store} ({reason}); check the name and the network, or put config.json, the "
+        f"{name} can't be fetched from {store} ({reason}); {remedy}, or put config.json, the "
         f"tokenizer's files, preprocessor_config.json and the weights ({_weight_choice()}, with their index if sharded) "
         f"into {folder} and use that folder."
     )
+
+
+def _failed(error: Exception, name: str, store: str, folder: Path, cache: Path, variable: str) -> UserError:
+    """What a download's error means to the user.
+
+    Args:
+        folder: where a copy by hand goes.
+        cache: what was written to, which ``variable`` of the environment names.
+    """
+    remedy = {}
+    if any(getattr(cause, "errno", None) in UNWRITABLE for cause in _causes(error)):
+        remedy["remedy"] = f"look at the room and the rights of {cache}, or name another place by {variable}"
+    elif _status(error) in (401, 403) and variable == "HF_HOME":
+        remedy["remedy"] = "check the name, or, if it is private or gated, accept its terms and set HF_TOKEN"
+    return _unreachable(name, store, folder, _reason(error), **remedy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,48 +179,95 @@ def _paddle_cache() -> Path:
     return Path(os.path.expanduser(home if home else Path.home() / ".paddlenlp")) / "models"
 
 
-def _from_paddle(names: List[str]) -> Path:
-    cache = _paddle_cache()
+def _from_paddle(names: List[str], weights: bool = True) -> Path:
+    cache, store = _paddle_cache(), "PaddleNLP's model store"
     for name in names:
         if _is_complete(cache / name):
             return cache / name
     for name in names:
         if _put_there_by_hand(cache / name):
             return cache / name
-    reason = "no such model there"
+    problem = None
     for name in names:
         try:
-            if _fetch_from_paddle(name, cache):
+            if _fetch_from_paddle(name, cache, weights):
                 return cache / name
+        except UserError:
+            raise
         except (OSError, ValueError) as error:  # what PaddleNLP's and requests' errors derive from
-            reason = _reason(error)
-            break
-    raise _unreachable(names[0], "PaddleNLP's model store", cache / names[0], reason)
+            problem = error
+            if _status(error) != 403:  # which an object store may mean by "not here"
+                break
+    if problem is not None:
+        raise _failed(problem, names[0], store, cache / names[0], cache, "PPNLP_HOME") from problem
+    raise _unreachable(names[0], store, cache / names[0], "no such model there")
 
 
-def _fetch_from_paddle(name: str, cache: Path) -> bool:
+def _fetch_from_paddle(name: str, cache: Path, weights: bool) -> bool:
     """Downloads all files of a model that the store has; False if it has no such model."""
-    from paddlenlp.utils.download import bos_file_exists, resolve_file_path
+    from paddlenlp.utils.download.bos_download import bos_url, get_bos_file_metadata
 
     endpoint = os.environ.get("PPNLP_ENDPOINT")
+    endpoint = endpoint and endpoint.rstrip("/")
 
     def fetch(file: str) -> Optional[Path]:
-        if not (cache / name / file).is_file() and not bos_file_exists(name, file, endpoint=endpoint):
-            return None
-        path = resolve_file_path(repo_id=name, filenames=file, cache_dir=str(cache), endpoint=endpoint)
-        return Path(path) if path else None
+        place = cache / name / file
+        if place.is_file():
+            return place
+        try:
+            size = get_bos_file_metadata(bos_url(name, file, endpoint=endpoint)).size
+        except OSError as error:
+            # Anything but 404 may be over in a minute, and says nothing about whether the file is there. But an object
+            # store that lists nothing answers 403 for what it hasn't got.
+            if _status(error) == 404 or (_status(error) == 403 and file != "config.json"):
+                return None
+            raise
+        _download_from_paddle(name, file, cache, endpoint, size)
+        return place
 
-    files = _fetch_known(name, "PaddleNLP's model store", fetch)
-    if files:
+    files = _fetch_known(name, "PaddleNLP's model store", fetch, weights)
+    if {*WEIGHT_FILES, *ADAPTER_FILES} & set(files):
         write_json(cache / name / _COMPLETE, {"files": files})
     return bool(files)
 
 
-def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) -> List[str]:
+def _download_from_paddle(name: str, file: str, cache: Path, endpoint: Optional[str], size: Optional[int]) -> None:
+    """Fetches one file into the cache; what an earlier try has left is taken up.
+
+    Args:
+        size: what the store says of the file, in bytes; None if it doesn't.
+
+    Raises:
+        OSError: whatever the network or the disk has done; a file of another size than ``size`` is removed.
+    """
+    from paddlenlp.utils.download.bos_download import bos_download
+
+    place = cache / name / file
+    begun = place.with_name(f"{file}.incomplete")  # PaddleNLP's
+    for attempt in range(2):
+        resumed = begun.is_file()
+        try:
+            bos_download(name, file, cache_dir=str(cache), endpoint=endpoint, resume_download=True)
+        except OSError as error:
+            if _status(error) != 416 or attempt:  # all of it was there already
+                raise
+            begun.unlink(missing_ok=True)
+            continue
+        if size is None or place.stat().st_size == size:
+            return
+        found = place.stat().st_size
+        place.unlink()
+        if not resumed:  # else the server may not know how to go on, and sent all of it once more
+            raise OSError(f"{file} came with {found} bytes of {size}")
+    raise OSError(f"{file} came with another size than {size} bytes")
+
+
+def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]], weights: bool = True) -> List[str]:
     """Fetches a model file by file from a store that can't list what it has.
 
     Args:
         fetch: file name -> where it is now, or None if the store hasn't got it.
+        weights: whether to fetch them too.
 
     Returns:
         the files; none if there is no config.json, and so no such model.
@@ -209,13 +276,18 @@ def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]]) 
         return []
     logger.info("fetching %s from %s", name, store)
     files = ["config.json", *(file for file in SMALL_FILES if file != "config.json" and fetch(file))]
+    if not weights:
+        return files
     for file in WEIGHT_FILES:
         path = fetch(file)
         if path is None:
             continue
         files.append(file)
         if file.endswith(".index.json"):
-            shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+            weight_map = read_json(path).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{path}, from {store}, has no weight_map that names the shards of {name}.")
+            shards = sorted(set(weight_map.values()))
             missing = [shard for shard in shards if os.path.basename(shard) != shard or fetch(shard) is None]
             if missing:
                 raise UserError(f"{store} has {name} without its shards {', '.join(missing[:3])}.")
@@ -248,7 +320,7 @@ def _put_there_by_hand(folder: Path) -> bool:
 # the Hugging Face hub
 
 
-def _from_hugging_face(name: str) -> Path:
+def _from_hugging_face(name: str, weights: bool = True) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -258,12 +330,12 @@ def _from_hugging_face(name: str) -> Path:
     )
 
     store = "the Hugging Face hub"
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     cache = _hugging_face_cache()
     if name.count("/") != 1:
         raise _unreachable(name, store, Path.cwd() / name, "expected org/name")
-    reason = "HF_HUB_OFFLINE is set"
+    problem = None
     if not offline:
         try:
             try:
@@ -271,8 +343,8 @@ def _from_hugging_face(name: str) -> Path:
             except RepositoryNotFoundError:
                 raise
             except HfHubHTTPError:  # a mirror that hands out files and lists none
-                return _from_mirror(name, store, endpoint, cache)
-            files = _needed([sibling.rfilename for sibling in published])
+                return _from_mirror(name, store, endpoint, cache, weights)
+            files = _needed([sibling.rfilename for sibling in published], weights)
             if "config.json" not in files:
                 raise _unreachable(name, store, Path.cwd() / name, "it has no config.json there")
             logger.info("fetching %s from %s into %s", name, store, cache)
@@ -280,17 +352,19 @@ def _from_hugging_face(name: str) -> Path:
         except UserError:
             raise
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = _reason(error)
+            problem = error
     try:
         folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
-        if (folder / "config.json").is_file() and (find_weights(folder) or config_of(folder)):
+        if (folder / "config.json").is_file() and (not weights or find_weights(folder) or config_of(folder)):
             return folder
     except (LocalEntryNotFoundError, HFValidationError, OSError, UserError) as error:
         logger.debug("no whole copy of %s in %s: %s", name, cache, error)
-    raise _unreachable(name, store, Path.cwd() / name, reason)
+    if problem is not None:
+        raise _failed(problem, name, store, Path.cwd() / name, cache, "HF_HOME") from problem
+    raise _unreachable(name, store, Path.cwd() / name, "HF_HUB_OFFLINE is set")
 
 
-def _from_mirror(name: str, store: str, endpoint: str, cache: Path) -> Path:
+def _from_mirror(name: str, store: str, endpoint: str, cache: Path, weights: bool) -> Path:
     """Fetches from an endpoint that answers for files alone."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -310,7 +384,7 @@ def _from_mirror(name: str, store: str, endpoint: str, cache: Path) -> Path:
                 return None
             raise
 
-    if not _fetch_known(name, store, fetch):
+    if not _fetch_known(name, store, fetch, weights):
         raise _unreachable(name, store, Path.cwd() / name, "it has no config.json there")
     return Path(fetch("config.json")).parent  # type: ignore[arg-type]
 
@@ -326,10 +400,12 @@ def _hugging_face_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _needed(published: Iterable[str]) -> List[str]:
-    """Of the files of a repository those to fetch: one kind of weights, config, tokenizer, image processor."""
+def _needed(published: Iterable[str], weights: bool) -> List[str]:
+    """Of the files of a repository those to fetch: config, tokenizer, image processor, and one kind of weights."""
     names = set(published)
     files = [name for name in SMALL_FILES if name in names]
+    if not weights:
+        return files
     for stem, shard in (
         ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
         ("model_state.pdparams", r"model_state-\d+-of-\d+\.pdparams"),
@@ -344,14 +420,24 @@ def _needed(published: Iterable[str]) -> List[str]:
 
 def _reason(error: BaseException) -> str:
     """What a server answered, or the first line of an error, short enough to stand inside a sentence."""
-    cause: Optional[BaseException] = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None:
-            return f"the server answers {status} {http.client.responses.get(status, '')}".rstrip()
-        cause = cause.__cause__
+    status = _status(error)
+    if status is not None:
+        return f"the server answers {status} {http.client.responses.get(status, '')}".rstrip()
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{type(error).__name__}: {shorten(lines[0], 160, placeholder=' …').rstrip('.')}"
+
+
+def _causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """The error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> Optional[int]:
+    """What the server answered, where that led to the error."""
+    answers = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,5 +453,10 @@ def _converted_gguf(path: Path) -> Path:
     folder = cache_home() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():  # written last
         logger.info("converting %s into %s", path, folder)
-        convert_gguf(path, folder)
+        try:
+            convert_gguf(path, folder)
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be converted into {folder}: {error.strerror or error}; name another place by PPMIX_HOME."
+            ) from error
     return folder

@@ -20,6 +20,7 @@ step that was killed is taken up.
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Recipe:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.out = Path(arguments.output_dir).absolute()
+        self.out = Path(os.path.expanduser(arguments.output_dir)).absolute()
 
     def run(self) -> None:
         """Does the steps that are not done yet, in order, up to ``--until``."""
