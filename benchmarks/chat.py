@@ -123,7 +123,7 @@ def measure(shape, arguments):
         same.update({f"{side}, {context}": tokens[side] == tokens["paddle"] for side in exact})
     if arguments.batch:
         for size in (1, arguments.batch):
-            for side, answers in rounds(2, do="batch", size=size).items():
+            for side, answers in rounds(arguments.repeats, do="batch", size=size).items():
                 figures[side][f"batch of {size} (tokens/s)"] = statistics.median(
                     a["tokens_per_second"] for a in answers
                 )
@@ -214,7 +214,7 @@ def main():
     )
     parser.add_argument("--shapes", nargs="+", default=["smollm2"], help="smollm2, tinyllama, multihead, default")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--load-repeats", type=int, default=3)
+    parser.add_argument("--load-repeats", type=int, default=5)
     parser.add_argument("--stock-repeats", type=int, default=2, help="chats of transformers without a kept cache")
     parser.add_argument("--turns", type=int, default=8, help="of a chat; 0 leaves the chats out")
     parser.add_argument("--contexts", type=int, nargs="*", default=[64, 640, 2048])
