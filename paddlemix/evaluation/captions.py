@@ -7,9 +7,9 @@ from paddlemix.evaluation.vqa import normalize_answer
 
 __all__ = ["fact_recall"]
 
-# scripts without spaces between words: Thai, Lao, Burmese, Khmer, and from the kana on the Chinese characters
+# scripts without spaces between words, or with endings at them: Thai, Lao, Burmese, Khmer, Hangul, kana, Chinese characters
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\u3040-\u30ff\uac00-\ud7af\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
 )
 
 

@@ -7,6 +7,7 @@ IN is whatever the chat opens: a folder in any layout, an adapter (it is merged)
 """
 
 import argparse
+import glob
 import json
 import logging
 import os
@@ -67,8 +68,8 @@ def convert(
     from paddlemix.processors.llava import LlavaProcessor
 
     output = Path(os.path.expanduser(output_dir)).resolve()  # a link stays, and what it points to is written
-    remove_left_over(output)
     check_output(output, overwrite)  # before anything is downloaded
+    remove_left_over(output)
     max_shard_bytes = checkpoint.shard_bytes(max_shard_size)
     source = checkpoint.resolve(model_name_or_path)
     config = checkpoint.read_config(source)
@@ -119,11 +120,24 @@ def convert(
 
 def remove_left_over(output: Path) -> None:
     """What a conversion into ``output`` that was killed has left, inside it or beside it."""
-    name = re.compile(rf"\.{re.escape(output.name)}\.\d+\.partial")
     for place in (output, output.parent):
-        for path in place.iterdir() if place.is_dir() else ():
-            if name.fullmatch(path.name):
-                shutil.rmtree(path)
+        for path in place.glob(f".{glob.escape(output.name)}.*.partial"):
+            if is_left_over(path.name, output):
+                shutil.rmtree(path, ignore_errors=True)  # it may be somebody else's
+
+
+def is_left_over(name: str, output: Path) -> bool:
+    """Whether it is what a conversion into ``output``, of a process that is gone, wrote to."""
+    match = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)\.partial", name)
+    if not match or os.name != "posix":  # elsewhere there is no asking
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -131,6 +145,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; name a folder.")
     inside = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    inside = [name for name in inside if not is_left_over(name, output)]
     if inside and not overwrite:
         raise UserError(
             f"--output_dir {output} is not empty ({', '.join(inside[:3])}); name another, or add --overwrite."

@@ -80,7 +80,7 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
         except UserError as error:
             raise UserError(f"{rows.where(number)}: {error}") from None
         for order, position in enumerate(answers):
-            if not messages[position]["content"].strip():
+            if not messages[position]["content"].strip() and not facts[order]:
                 continue  # nothing that an answer could be held against; fine-tuning's evaluation leaves it out too
             history = messages[:position]
             seen = sum(message["content"].count(IMAGE_TOKEN) for message in history)

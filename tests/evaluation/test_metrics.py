@@ -64,7 +64,7 @@ def test_facts_in_other_languages_with_spaces_are_words_too():
     assert fact_recall("A Café and a red circle.", ["Café", "red circle"]) == 1.0
     assert fact_recall("Ein Grüner Kreis.", ["grüner Kreis"]) == 1.0
     assert fact_recall("das sind die grünen", ["grün"]) == 0.0
-    assert fact_recall("これは赤い丸です", ["赤い丸"]) == 1.0
+    assert fact_recall("これは赤い丸です", ["赤い丸"]) == fact_recall("빨간 원이 있습니다", ["빨간 원"]) == 1.0
 
 
 def test_facts_in_lists_and_in_chinese():

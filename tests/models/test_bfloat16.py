@@ -87,7 +87,6 @@ def test_generation_and_what_learns(tmp_path):
         model.generate(ids, pixel_values=picture(), max_new_tokens=6)
 
 
-@paddle.no_grad()
 def test_embeddings_as_the_table_holds_them(tmp_path):
     _, narrow = pair(tmp_path)
     ids = paddle.to_tensor([[5, 6, 7]])
@@ -96,6 +95,7 @@ def test_embeddings_as_the_table_holds_them(tmp_path):
         np.testing.assert_array_equal(given, narrow(input_ids=ids).logits.numpy())
 
 
+@paddle.no_grad()
 def test_changed_norms_count(tmp_path):
     model, _ = pair(tmp_path)
     ids = paddle.to_tensor([PROMPT[5:] * 3])

@@ -186,7 +186,10 @@ def test_pad_ids_at_the_beginning_are_padding_without_a_mask_too(golden, model):
 def test_a_dict_of_settings(golden, model):  # noqa: F811
     ids = paddle.to_tensor(golden["short"])
     assert model.generate(ids, {"max_new_tokens": 3})[0].shape == [2, 3]
-    assert model.generate(ids, generation_config={"max_new_tokens": 3}, max_new_tokens=4)[0].shape == [2, 4]
+    shorter = {"max_new_tokens": 3, "eos_token_id": []}
+    for given in ({"max_new_tokens": 4}, {"max_length": 4}, {"max_length": 4, "max_new_tokens": None}):
+        assert model.generate(ids, generation_config=shorter, **given)[0].shape == [2, 4]
+    assert model.generate(ids, generation_config=shorter, max_new_tokens=None)[0].shape == [2, 3]
 
 
 def test_right_padding_is_refused(model):  # noqa: F811

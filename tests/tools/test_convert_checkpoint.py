@@ -5,6 +5,7 @@ make_parity_golden.py; here it is held against the names, shapes and settings th
 """
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -346,14 +347,20 @@ def test_a_disk_that_is_full_leaves_nothing_behind(sources, tmp_path):
 
 
 def test_what_a_killed_conversion_has_left_goes(sources, tmp_path):
-    out, beside = tmp_path / "out", tmp_path / ".out.77.partial"
-    for left in (out / ".out.123.partial", beside, tmp_path / ".out.v2.5.partial"):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out, beside = tmp_path / "out", tmp_path / f".out.{gone.pid}.partial"
+    others = [
+        tmp_path / f".out.v2.{gone.pid}.partial",
+        tmp_path / f".out.{os.getppid()}.partial",
+    ]  # another's, a live one's
+    for left in (out / f".out.{gone.pid}.partial", beside, *others):
         left.mkdir(parents=True)
         (left / "model.safetensors").write_bytes(b"x" * 100)
     assert run(sources["toolkit", "llava"], out, "original") == 0
     same_weights(out, sources["toolkit", "llava"])
-    assert not (out / ".out.123.partial").exists() and not beside.exists()
-    assert (tmp_path / ".out.v2.5.partial").exists()  # of a conversion into out.v2
+    assert not list(out.glob(".*")) and not beside.exists()
+    assert all(other.exists() for other in others)
 
 
 def test_a_cache_that_cannot_be_written_is_not_the_output(tmp_path, capsys, monkeypatch):

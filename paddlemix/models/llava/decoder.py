@@ -355,7 +355,7 @@ class LlamaDecoder(nn.Layer):
         start = past if cache is None or cache.positions is None else cache.positions
         ends = real.cumsum(axis=1) + start
         # as far as the tables reach; only scaling by length has to know it exactly, for which the host waits
-        longest = int(ends.max()) if self.rotary.kind == "dynamic" else past + tokens
+        longest = max(int(ends.max()), 1) if self.rotary.kind == "dynamic" else past + tokens
         return (ends - 1).clip(min=0), longest, ends[:, -1:]
 
     def _bias(self, attention_mask, cache, tokens, dtype):

@@ -23,6 +23,7 @@ __all__ = [
     "beam_search",
     "decode_steps",
     "default_generation_config",
+    "merged_settings",
     "read_generation_config",
 ]
 
@@ -111,10 +112,7 @@ class GenerationSettings:
         if stored.get("max_length") and stored.get("max_new_tokens") in (None, cls.max_new_tokens):
             stored["max_new_tokens"] = stored["max_length"]
         stored["min_new_tokens"] = stored.get("min_new_tokens") or stored.get("min_length")
-        given = dict(given)
-        for older, name in _OLDER_NAMES.items():
-            if older in given:
-                given.setdefault(name, given.pop(older))
+        given = _newer_names(given)
         _refuse_unread(stored, "generation_config sets")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(given) - known - set(_UNREAD) - _ANYTHING - {"eos_token_id"})
@@ -141,6 +139,22 @@ class GenerationSettings:
 
 # other names of the same, in PaddleNLP too
 _OLDER_NAMES = {"max_length": "max_new_tokens", "min_length": "min_new_tokens", "min_new_token": "min_new_tokens"}
+
+
+def _newer_names(given: Dict[str, Any]) -> Dict[str, Any]:
+    given = dict(given)
+    for older, name in _OLDER_NAMES.items():
+        value = given.pop(older, None)
+        if given.get(name) is None and value is not None:
+            given[name] = value
+    return given
+
+
+def merged_settings(stored: Dict[str, Any], given: Dict[str, Any]) -> Dict[str, Any]:
+    """Two dicts of settings, of which the second goes before the first."""
+    return {**_newer_names(stored), **{name: value for name, value in _newer_names(given).items() if value is not None}}
+
+
 # what PaddleNLP's callers may pass whatever it is: there is always a cache, and the prompt begins as it should
 _ANYTHING = {"use_cache", "bos_token_id"}
 # PaddleNLP's settings that nothing here reads, and the values with which they ask for nothing

@@ -342,7 +342,9 @@ def _from_hugging_face(name: str, weights: bool = True) -> Path:
                 published = HfApi(endpoint=endpoint).model_info(name, timeout=_TIMEOUT_SECONDS).siblings or []
             except RepositoryNotFoundError:
                 raise
-            except HfHubHTTPError:  # a mirror that hands out files and lists none
+            except HfHubHTTPError:
+                published = None
+            if published is None:  # a mirror that hands out files and lists none
                 return _from_mirror(name, store, endpoint, cache, weights)
             files = _needed([sibling.rfilename for sibling in published], weights)
             if "config.json" not in files:

@@ -27,6 +27,7 @@ from paddlemix.models.llava.generation import (
     beam_search,
     decode_steps,
     default_generation_config,
+    merged_settings,
     read_generation_config,
 )
 from paddlemix.models.llava.host_passes import HostPasses
@@ -453,7 +454,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         if attention_mask is not None and not isinstance(attention_mask, paddle.Tensor):
             generation_config, attention_mask = attention_mask, None
         if isinstance(generation_config, dict):
-            generation_config, kwargs = None, {**generation_config, **kwargs}
+            generation_config, kwargs = None, merged_settings(generation_config, kwargs)
         settings = GenerationSettings.build(self.config, generation_config or self.generation_config, kwargs)
         if streamer is not None and settings.decode_strategy == "beam_search":
             raise UserError("a streamer can't follow beam_search, which changes its mind; leave one of them out.")
