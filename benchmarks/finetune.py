@@ -61,7 +61,7 @@ def settings(folder: Path, arguments, **changes) -> dict:
 
 
 def ours(folder: Path, config: dict, threads: int) -> dict:
-    """Runs the tool as a user does; tokens and seconds are those of its own log, from the third step on."""
+    """Runs the tool as a user does; tokens and seconds are those of its own log, the median of the steps from the third on."""
     path = folder / "benchmark.json"
     path.write_text(json.dumps(config, indent=2))
     variables = dict(os.environ, FLAGS_paddle_num_threads=str(threads), MKL_NUM_THREADS=str(threads))
@@ -73,11 +73,15 @@ def ours(folder: Path, config: dict, threads: int) -> dict:
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    log = [json.loads(line) for line in (Path(config["output_dir"]) / "train_log.jsonl").read_text().splitlines()]
-    steps = [line for line in log if "interval_runtime" in line][WARM_UP:]
-    speed = sum(line["supervised_tokens"] for line in steps) / sum(line["interval_runtime"] for line in steps)
+    speed = statistics.median(line["supervised_tokens"] / line["interval_runtime"] for line in counted_steps(config))
     peak, unit = re.search(r"Peak memory: ([\d.]+) (\w+)", done.stderr).groups()
     return {"tokens_per_second": speed, "peak_mb": float(peak) * {"GB": 1024, "MB": 1}[unit[0] + "B"]}
+
+
+def counted_steps(config: dict) -> list:
+    """What the run has logged of each step, from the third on."""
+    log = [json.loads(line) for line in (Path(config["output_dir"]) / "train_log.jsonl").read_text().splitlines()]
+    return [line for line in log if "interval_runtime" in line][WARM_UP:]
 
 
 def theirs(folder: Path, batches: Path, lora: bool, bfloat16: bool, arguments) -> dict:

@@ -15,7 +15,7 @@ UNSPACED = re.compile(
 
 def fact_recall(prediction: str, facts: Sequence[str]) -> float:
     """Share of ``facts`` (phrases such as "red circle") that stand in the prediction, word for word after normalisation; a
-    fact in a script without spaces between words may stand anywhere.
+    fact in a script without spaces between words, or with endings at them, as Korean, may stand anywhere.
 
     >>> fact_recall("A small red circle and a star.", ["red circle", "blue star"])
     0.5
