@@ -370,7 +370,7 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
     import paddle.distributed as dist
 
     from paddlemix.trainer.arguments import SECRETS
-    from paddlemix.trainer.run_folder import begin_run, changed_keys, fingerprint_files, read_run
+    from paddlemix.trainer.run_folder import begin_run, changed_keys, fingerprint_contents, read_run
 
     folder, before = Path(args.output_dir), None
     settings = {key: value for key, value in settings.items() if key not in SECRETS}
@@ -379,7 +379,7 @@ def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[P
         changed = changed_keys(before["settings"] if before else settings, settings)
         if changed and args.should_log:
             logger.warning("Going on with other settings than the run began with: %s.", ", ".join(changed))
-        if before and before.get("data") != fingerprint_files(data_files) and args.should_log:
+        if before and before.get("data") != fingerprint_contents(data_files) and args.should_log:
             logger.warning("Going on with other data than the run began with: its files have changed.")
     if args.should_save:
         begin_run(folder, settings, plan, data_files)

@@ -251,8 +251,9 @@ class LlavaTrainer(Trainer):
         self.trained_samples += len(batch["input_ids"]) if packed is None else int(packed.max(axis=1).sum())
         if step_control + 1 == self.args.gradient_accumulation_steps:
             self._tokens_seen += total
-            if self._ranks > 1:
-                self._complete_gradients()
+            self._complete_gradients()
+            if self._ranks > 1 and not self.args.use_hybrid_parallel:
+                self._average_gradients()
         loss = loss.detach()
         if output.label_logits is not None and not self.args.fp16:
             # Paddle's softmax on a CPU gives finite numbers for logits that are none, and hides a model that broke
@@ -291,25 +292,34 @@ class LlavaTrainer(Trainer):
         features = inner.encode_images(blank, paddle.to_tensor([[side, side]]))
         return sum(feature.astype("float32").sum() for feature in features) * 0.0
 
-    def _complete_gradients(self) -> None:
-        """Averages the gradients over data-parallel ranks; gives every trained parameter one.
+    def _trained(self) -> List[paddle.Tensor]:
+        return [parameter for _, parameter in named_model_parameters(self.model) if not parameter.stop_gradient]
 
-        In place of paddle.DataParallel, which loses sums of earlier micro-batches of parameters that the last one
-        doesn't use. Sharded runs average in the optimizer, and need the gradients complete.
+    def _complete_gradients(self) -> None:
+        """Gives every trained parameter a gradient, 0 where the global batch didn't use it, as pictures' parts where it has
+        none.
+
+        The optimizer passes over a parameter without one, but moves one whose gradient is 0. Which of the two a parameter
+        has would depend on whether an earlier step of this process used it, so on where a run was stopped. Sharded runs
+        average in the optimizer, and need the gradients complete.
         """
-        master = self.args.amp_master_grad
-        parameters = [parameter for _, parameter in named_model_parameters(self.model) if not parameter.stop_gradient]
-        for parameter in parameters:
-            if master:
+        for parameter in self._trained():
+            if self.args.amp_master_grad:
                 if getattr(parameter, "main_grad", None) is None:
                     parameter.main_grad = paddle.zeros(parameter.shape, "float32")
             elif parameter.grad is None:
                 parameter.grad = paddle.zeros_like(parameter)
-        if self.args.use_hybrid_parallel:
-            return
+
+    def _average_gradients(self) -> None:
+        """Averages the gradients over data-parallel ranks.
+
+        In place of paddle.DataParallel, which loses sums of earlier micro-batches of parameters that the last one
+        doesn't use.
+        """
+        master = self.args.amp_master_grad
         with paddle.no_grad():
             bucket: List[paddle.Tensor] = []
-            for grad in [parameter.main_grad if master else parameter.grad for parameter in parameters] + [None]:
+            for grad in [parameter.main_grad if master else parameter.grad for parameter in self._trained()] + [None]:
                 if bucket and (
                     grad is None or grad.dtype != bucket[0].dtype or sum(g.size for g in bucket) + grad.size > _BUCKET
                 ):
@@ -417,6 +427,12 @@ class LlavaTrainer(Trainer):
             train_dataloader.skip = 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps
             if state.global_step >= max_steps:
                 # the loop of the base class would take one step more
+                if state.global_step > max_steps and args.should_log:
+                    logger.warning(
+                        "Step %d, which the run goes on from, lies beyond the %d steps that are asked for; nothing is trained.",
+                        state.global_step,
+                        max_steps,
+                    )
                 self.state = state
                 self.state.max_steps = max_steps
                 self._find_best()

@@ -273,6 +273,26 @@ def test_a_part_without_a_gradient_until_the_checkpoint_learns_after_it(tmp_path
     assert trainer.state.global_step == STEPS and any("mm_projector" in name for name in moved)
 
 
+@pytest.mark.parametrize("release_grads", [False, True])
+def test_a_part_that_few_batches_use_moves_alike_wherever_the_run_was_stopped(tmp_path, release_grads):
+    rows = samples(9, text_only=1.0) + samples(1, text_only=0.0)
+    options = dict(lora=False, rows=rows, per_device_train_batch_size=1, weight_decay=0.1)
+    whole = make_trainer(tmp_path / "whole", save_steps=1, **options)
+    whole.train()
+    for step in range(1, STEPS):
+        trainer = make_trainer(tmp_path / f"from {step}", release_grads=release_grads, **options)
+        trainer.train(tmp_path / "whole" / f"checkpoint-{step}")
+        assert_same(weights(trainer), weights(whole))
+
+
+def test_a_checkpoint_beyond_the_steps_asked_for_is_told(whole_run, tmp_path, caplog):
+    lora, folder, *_ = whole_run
+    trainer = make_trainer(tmp_path, lora, max_steps=2)
+    trainer.train(folder / "checkpoint-4")
+    assert "Step 4, which the run goes on from, lies beyond the 2 steps" in caplog.text
+    assert trainer.state.global_step == 4
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused(whole_run, tmp_path):
     lora, folder, *_ = whole_run
     with pytest.raises(UserError, match="moment2_0, but the optimizer of this run has.*ignore_load_lr_and_optim"):
