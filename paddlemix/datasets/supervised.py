@@ -215,7 +215,7 @@ class RowTable:
             return load_image(image).size
         if config.image_aspect_ratio == "anyres":
             return image_size(image)
-        if isinstance(image, Path) and not os.path.isfile(image):
+        if not _may_be_a_picture(image):
             load_image(image)  # says what is wrong with it
         return config.vision.image_size, config.vision.image_size  # whatever its size, as many tokens
 
@@ -339,6 +339,13 @@ def resolve_image(image: Any, folders: Sequence[Path]) -> Any:
         return Path(os.path.expanduser(image))
     places = [folder / image for folder in folders]
     return next((place for place in places if os.path.exists(place)), places[0])
+
+
+def _may_be_a_picture(image: Any) -> bool:
+    """Whether nothing that costs no reading speaks against it: a file with something in it, or an address of the web."""
+    if isinstance(image, Path):
+        return os.path.isfile(image) and os.path.getsize(image) > 0 and os.access(image, os.R_OK)
+    return isinstance(image, str) and re.match("https?://", image, re.IGNORECASE) is not None
 
 
 def image_size(image: Union[str, Path]) -> Tuple[int, int]:

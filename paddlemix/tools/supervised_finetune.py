@@ -115,6 +115,12 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
         processor.chat_template = None
     if args.do_train:
         record_template(processor, entries["train"])
+        if args.version and all(entry.chat_template for entry in entries["train"]) and args.should_log:
+            logger.warning(
+                "version is %r, but all training data have a chat_template, which is what they are rendered with and the "
+                "result is asked with; version changes nothing.",
+                args.version,
+            )
 
     parts: Dict[str, Any] = {"processor": processor}
     for split, wanted in (("train", args.do_train), ("eval", args.do_eval or args.do_predict)):
@@ -145,6 +151,8 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
         model = adapt(model, args, settings, folder, adapter)
         if args.do_train:
             freeze(model, args)
+    if args.do_train and not counts["image"]:
+        check_learns_from_text(model)
     parts["model"] = model
     if args.do_train and args.should_log:
         report(model, config, args, counts, lengths)
@@ -308,6 +316,18 @@ def freeze(model: Any, args: Any) -> None:
                 f"{key} is set, but nothing of the {part} is trained; remove it, or look at freeze_mm_mlp_adapter, "
                 "freeze_include and freeze_exclude."
             )
+
+
+def check_learns_from_text(model: Any) -> None:
+    """Refuses to train what only pictures reach."""
+    from paddlemix.trainer.freezing import named_model_parameters
+
+    trained = [name for name, parameter in named_model_parameters(model) if not parameter.stop_gradient]
+    if all(name.startswith(("llama.vision_tower.", "llama.mm_projector.", "llama.image_newline")) for name in trained):
+        raise UserError(
+            "no sample of the training data has a picture, but only the vision tower or the projector is trained, which would "
+            "learn nothing; add rows with pictures, or look at tune_mm_mlp_adapter, freeze_include and freeze_exclude."
+        )
 
 
 def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: List[int]) -> None:

@@ -261,6 +261,8 @@ class FinetuneArguments(TrainingArguments):
             raise UserError(" ".join(str(error).split()).replace("--", "")) from error
         self.do_eval = self.do_eval or at_the_end
         self.unified_checkpoint = False
+        if self.eval_with_do_generation and not (self.do_eval or self.do_predict):
+            logger.warning("eval_with_do_generation is true, but nothing is evaluated; set do_eval to true for that.")
 
     def _check_shards(self) -> None:
         """PaddleNLP takes a degree without ``sharding`` for a sharded run, and then averages no gradients."""
@@ -321,7 +323,7 @@ def read_settings(argv: Sequence[str]) -> Dict[str, Any]:
                 nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
                 raise UserError(f"{key} in {source} is no key of the configuration; the nearest is {nearest}.")
             from_text = given is overrides
-            if value is None or (from_text and value == "null"):
+            if value is None or (from_text and _unsets(key, value, hints[key])):
                 typed.pop(key, None)
                 continue
             typed[key] = _typed(key, value, hints[key], from_text)
@@ -385,7 +387,12 @@ def _split(argv: List[str]):
         position += 1
         if not word.startswith("--"):
             if file is not None:
-                raise UserError(f"{word} follows {file}; expected one configuration file and then --key value pairs.")
+                hint = ""
+                if position > 2 and argv[position - 3].startswith("--"):
+                    hint = f"; several values of {argv[position - 3]} are written as a JSON list in quotes"
+                raise UserError(
+                    f"{word} follows {argv[position - 2]}; expected one configuration file and then --key value pairs{hint}."
+                )
             file = Path(word)
             continue
         key, equals, value = word[2:].partition("=")
@@ -429,6 +436,14 @@ def _read_json(file: Path) -> Dict[str, Any]:
 
 def _hints() -> Dict[str, Any]:
     return {item.name: typing.get_type_hints(FinetuneArguments)[item.name] for item in fields(FinetuneArguments)}
+
+
+def _unsets(key: str, value: str, hint: Any) -> bool:
+    """Whether a word on the command line stands for no value."""
+    if value == "null":
+        return True
+    has_none = type(None) in typing.get_args(hint) and key != "report_to"  # whose "none" is a value
+    return has_none and value.lower() in ("null", "none")
 
 
 def _typed(key: str, value: Any, hint: Any, from_text: bool) -> Any:
@@ -528,8 +543,8 @@ def _check(settings: Dict[str, Any]) -> None:
             raise UserError(f"{key} is {value}; expected from 0 to below {BELOW[key]}.")
         if ONE_OF.get(key) and value not in ONE_OF[key]:
             raise UserError(f"{key} is {value!r}; expected one of {', '.join(ONE_OF[key])}.")
-    for key in PATHS:
-        if key in settings and not settings[key].strip():
+    for key in (*PATHS, "resume_from_checkpoint"):
+        if isinstance(settings.get(key), str) and not settings[key].strip():
             raise UserError(f"{key} is an empty text; expected a path or a name, or null for none.")
     if settings.get("lora") and settings.get("lora_target_modules") == []:
         raise UserError(
@@ -593,6 +608,11 @@ def _check(settings: Dict[str, Any]) -> None:
         raise UserError("mm_vision_tower_lr is set, but the tower is frozen; set unfreeze_mm_vision_tower to true.")
     if settings.get("lora_path") and not settings.get("lora"):
         raise UserError("lora_path is set, but lora is false; set lora to true to go on from that adapter.")
+    if settings.get("eval_with_do_generation") and settings.get("prediction_loss_only"):
+        raise UserError(
+            "eval_with_do_generation and prediction_loss_only are both true, but one asks for answers and the other for "
+            "nothing but the loss; set one to false."
+        )
     if settings.get("model_name_or_path") is None:
         raise UserError("model_name_or_path is missing; expected the folder or name of the model to train.")
     if settings.get("output_dir") is None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -107,7 +108,8 @@ class MetricsFileCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """SIGTERM and Ctrl-C: the step that runs is finished, a checkpoint saved, and training stops.
 
-    A second Ctrl-C stops at once, without saving.
+    A second Ctrl-C stops at once, without saving. A launcher of several processes that is gone, as Paddle's is at the first
+    signal, without a word to them, counts as SIGTERM.
 
     Attributes:
         signal_number: the signal that came, or None.
@@ -118,6 +120,7 @@ class StopCallback(TrainerCallback):
         self.signal_number: Optional[int] = None
         self.stopped = False
         self._previous: Dict[int, Any] = {}
+        self._launcher = os.getppid() if "PADDLE_TRAINER_ID" in os.environ else None
         self.any_rank = bool  # whether any rank was asked to stop; the trainer puts its own in
 
     def install(self) -> None:
@@ -139,6 +142,8 @@ class StopCallback(TrainerCallback):
 
     def asked(self) -> bool:
         """Whether to stop; all ranks must ask at the same place."""
+        if self._launcher not in (None, os.getppid()) and self.signal_number is None:
+            self._note(signal.SIGTERM, None)
         return self.any_rank(self.signal_number is not None)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -562,6 +562,11 @@ def test_a_benchmark_that_is_repeated_leaves_the_model_in_its_folder(room, tmp_p
         ({"load_best_model_at_end": True, "do_eval": True, "evaluation_strategy": "no"}, ["load_best_model_at_end"]),
         ({"pretrain_mm_mlp_adapter": "gone.bin"}, ["gone.bin"]),
         ({"resume_from_checkpoint": True}, ["no whole checkpoint"]),
+        ({"resume_from_checkpoint": ""}, ["resume_from_checkpoint", "empty text"]),
+        (
+            {"eval_with_do_generation": True, "prediction_loss_only": True},
+            ["eval_with_do_generation", "prediction_loss_only"],
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(room, tmp_path, capsys, changes, words):
@@ -578,6 +583,53 @@ def test_data_without_rows(room, tmp_path, capsys, content):
     data.write_text(content)
     assert main([configure(room, tmp_path / "out", dataset={"train": [{"data_files": str(data)}]})]) == 1
     assert "train.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tune_mm_mlp_adapter": True}, {"freeze_include": ["*layers*", "*embed*", "*head*", "llama.norm*"]}]
+)
+def test_training_what_only_pictures_reach_without_pictures_is_refused(room, tmp_path, capsys, changes):
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps([{"conversations": [["Hi", "Hello"]]}] * 4))
+    config = configure(room, tmp_path / "out", dataset={"train": [{"data_files": str(data)}]}, **changes)
+    assert main([config]) == 1
+    assert "no sample of the training data has a picture" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("image", ["s3://bucket/a.png", "file:///a.png", "data:image/png;base64,AAAA", "empty.png"])
+def test_a_picture_that_can_not_be_one_is_told_before_training(room, tmp_path, capsys, image):
+    data = tmp_path / "train.json"
+    (tmp_path / "empty.png").touch()
+    rows = [{"conversations": [["Hi", "Hello"]]}] * 8 + [{"image": image, "conversations": [["<image>\nWhat?", "A"]]}]
+    data.write_text(json.dumps(rows))
+    assert main([configure(room, tmp_path / "out", dataset={"train": [{"data_files": str(data)}]})]) == 1
+    error = capsys.readouterr().err
+    assert "train.json:1 (row 9)" in error and not (tmp_path / "out").exists()
+
+
+def test_going_on_tells_other_data_only_where_they_are(room, tmp_path, caplog):
+    shutil.copytree(room / "data", tmp_path / "data")
+    data = {"train": [{"data_files": str(tmp_path / "data" / "train.json")}]}
+    config = configure(room, tmp_path / "out", max_steps=1, save_steps=1, dataset=data)
+    assert run([config]) == 0
+    assert run([config, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert "other settings" in caplog.text and "other data" not in caplog.text
+    rows = json.loads((tmp_path / "data" / "train.json").read_text())
+    (tmp_path / "data" / "train.json").write_text(json.dumps(rows[::-1]))
+    assert run([config, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert "Going on with other data" in caplog.text
+
+
+def test_what_changes_nothing_is_told(room, tmp_path, caplog):
+    own = {"conversation": ["Q: {{user}}\n", "A: {{bot}}</s>\n"]}
+    entry = {
+        "data_files": str(room / "data" / "train.json"),
+        "chat_template": chat_template(tmp_path / "templates", "own.json", **own),
+    }
+    options = dict(max_steps=1, version="llava_v0", eval_with_do_generation=True)
+    assert run([configure(room, tmp_path / "out", dataset={"train": [entry]}, **options)]) == 0
+    assert "version changes nothing" in caplog.text
+    assert "eval_with_do_generation is true, but nothing is evaluated" in caplog.text
 
 
 def test_a_missing_picture_is_told_before_training(room, tmp_path, capsys):
@@ -726,6 +778,24 @@ def test_sigterm_saves_first(room, tmp_path):
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "checkpoint_complete.json").exists()
     assert answer(checkpoint, room)[1].shape[-1] == 264
+
+
+def test_ranks_whose_launcher_is_gone_save_and_stop(room, tmp_path):
+    config = configure(room, tmp_path / "out", max_steps=100_000, save_steps=100_000, per_device_train_batch_size=2)
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
+    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
+    log = tmp_path / "out" / "train_log.jsonl"
+    assert wait_until(process, lambda: len(read_log(log)) > 2), process.stdout.read()
+    process.terminate()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("checkpoint-*/checkpoint_complete.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "checkpoint_complete.json").exists()
+    done = len(read_log(log))
+    time.sleep(1)
+    assert len(read_log(log)) == done
 
 
 @pytest.fixture(scope="module")

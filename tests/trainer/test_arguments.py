@@ -315,3 +315,20 @@ def test_training_is_the_default_unless_only_evaluation_is_asked(tmp_path):
     assert made(evaluation_strategy="epoch") == (True, True)
     assert made(do_eval=True) == (False, True)
     assert made(do_eval=True, do_train=True) == (True, True)
+
+
+def test_none_on_the_command_line_unsets_a_key(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({**MINIMAL, "mm_projector_lr": 1e-4, "pretrain_mm_mlp_adapter": "p.bin"}))
+    settings = read_settings([str(file), "--mm_projector_lr", "none", "--pretrain_mm_mlp_adapter=None"])
+    assert not {"mm_projector_lr", "pretrain_mm_mlp_adapter"} & set(settings)
+    assert read_settings([str(file), "--report_to", "none"])["report_to"] == ["none"]
+
+
+def test_several_values_of_a_key_want_a_list(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(MINIMAL))
+    with pytest.raises(
+        UserError, match="B follows A; .* several values of --lora_target_modules are written as a JSON list"
+    ):
+        read_settings([str(file), "--lora_target_modules", "A", "B"])
