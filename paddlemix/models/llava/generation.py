@@ -345,6 +345,10 @@ def beam_search(
         vocabulary = log_probs.shape[-1]
         rows, tokens = [], []
         for p in range(prompts):
+            if done[p]:  # the cache holds its rows still; what they read doesn't matter
+                rows += range(p * beams, (p + 1) * beams)
+                tokens += [0] * beams
+                continue
             scores = (totals[p][:, None] + log_probs[p]).ravel()
             count = min(candidates, scores.size)
             best = np.argpartition(-scores, count - 1)[:count]
@@ -367,11 +371,10 @@ def beam_search(
                 kept_totals.append(-np.inf)
                 kept_rows.append(p * beams)
             finished[p] = sorted(finished[p], key=lambda pair: -pair[0])[:beams]
-            if not done[p]:
-                ids[p], totals[p] = kept_ids, np.array(kept_totals)
-                if len(finished[p]) == beams:
-                    reachable = totals[p].max() / (step + 1) ** settings.length_penalty
-                    done[p] = settings.early_stopping or finished[p][-1][0] >= reachable
+            ids[p], totals[p] = kept_ids, np.array(kept_totals)
+            if len(finished[p]) == beams:
+                reachable = totals[p].max() / (step + 1) ** settings.length_penalty
+                done[p] = settings.early_stopping or finished[p][-1][0] >= reachable
             rows += kept_rows
             tokens += [sequence[-1] for sequence in kept_ids]
         if all(done) or step + 1 == settings.max_new_tokens:
