@@ -400,6 +400,25 @@ def test_a_missing_tensor_has_its_name_in_the_folder(hugging_face, tmp_path):
             open_model(altered(hugging_face, tmp_path / str(number), operator.methodcaller("pop", name)))
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_missing_image_newline_has_its_name_in_the_layout(tmp_path, newer):
+    tensors = tiny.weights("llava_next")
+    del tensors["image_newline"]
+    folder = write_hugging_face(tmp_path, "llava_next", newer=newer, tensors=tensors)
+    published = "model.image_newline" if newer else "image_newline"
+    with pytest.raises(UserError, match=rf"lacks 1 tensor\(s\).*: {published} \(here llama.image_newline\)"):
+        open_model(folder)
+
+
+def test_a_projector_without_a_named_tower(tmp_path):
+    folder = write_original(tmp_path / "llava", tower=tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    del config["mm_vision_tower"]
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match=r"model.mm_projector.0.bias.*\(mm_vision_tower is missing there"):
+        open_model(folder)
+
+
 def test_an_unexpected_tensor_is_named(hugging_face, tmp_path):
     def add(tensors):
         tensors["language_model.model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
@@ -742,12 +761,85 @@ def test_an_adapter_that_peft_saved_gives_pefts_logits(tmp_path, kind):
     np.testing.assert_allclose(logits, golden[f"{kind}.logits"], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def small_llava(tmp_path_factory):
+    """The base of peft_llava_golden.npz, in Hugging Face's layout."""
+    folder = tmp_path_factory.mktemp("small")
+    write_tensors(folder, tiny.small_vocabulary_weights("llava"))
+    write_json(folder / "config.json", tiny.small_vocabulary("llava"))
+    return folder
+
+
+def write_peft_llava(folder, case, base):
+    """An adapter of peft_llava_golden.npz, and the golden file."""
+    golden = np.load(FIXTURES / "peft_llava_golden.npz")
+    prefix = f"{case}.adapter."
+    tensors = {name[len(prefix) :]: golden[name] for name in golden.files if name.startswith(prefix)}
+    write_tensors(folder, tensors, stem="adapter_model")
+    config = json.loads(golden[f"{case}.config"].tobytes())
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": str(base)})
+    return tensors, golden
+
+
+@pytest.mark.parametrize("case", ["attention", "linear", "vocabulary"])
+def test_an_adapter_that_peft_saved_on_hugging_faces_llava_gives_pefts_logits(small_llava, tmp_path, case):
+    """Of both attentions with biases, of all linear layers, of head and embeddings; PEFT adapts the tower's last layer too."""
+    tensors, golden = write_peft_llava(tmp_path, case, small_llava)
+    assert case == "vocabulary" or any("encoder.layers.2." in name for name in tensors)
+    ids = np.where(golden["ids"] == tiny.small_vocabulary("llava")["image_token_index"], -200, golden["ids"])
+    pixels = paddle.to_tensor(golden["pixel_values"])
+    logits = open_model(tmp_path)(paddle.to_tensor(ids), pixel_values=pixels).logits.numpy()
+    np.testing.assert_allclose(logits, golden[f"{case}.logits"], atol=1e-4)
+
+
+def test_an_adapter_of_layers_after_those_of_the_base_is_refused(small_llava, tmp_path):
+    """The tower's own last layer is left out; one that no such tower has is a mistake."""
+    tensors, _ = write_peft_llava(tmp_path, "linear", small_llava)
+    write_tensors(
+        tmp_path, {n.replace("encoder.layers.2", "encoder.layers.3"): v for n, v in tensors.items()}, "adapter_model"
+    )
+    with pytest.raises(UserError, match="layers.3.*which the model hasn't"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("half", ["lm_head.lora_A.weight", "embed_tokens.lora_embedding_A"])
+def test_an_adapter_of_a_tensor_that_is_the_embeddings_and_the_head(small_llava, tmp_path, half):
+    base = shutil.copytree(small_llava, tmp_path / "base")
+    config = tiny.small_vocabulary("llava")
+    write_json(base / "config.json", {**config, "text_config": {**config["text_config"], "tie_word_embeddings": True}})
+    tensors, _ = write_peft_llava(tmp_path / "lora", "vocabulary", base)
+    first = next(name for name in tensors if name.endswith(half))
+    second = first.replace("_A", "_B")
+    write_tensors(tmp_path / "lora", {name: tensors[name] for name in (first, second)}, stem="adapter_model")
+    with pytest.raises(UserError, match=r"are one tensor \(tie_word_embeddings\)"):
+        open_model(tmp_path / "lora")
+
+
+def test_a_trained_tower_of_the_original_release_opens_with_what_llava_never_uses(peft, tmp_path):
+    """non_lora_trainables.bin has then the layer after the selected one, and the norm after all of them, too."""
+    lora = shutil.copytree(peft[0], tmp_path / "lora")
+    trained = {name: values + 0.01 for name, values in tiny.original_names(tiny.weights("llava")).items()}
+    trained = {name: values for name, values in trained.items() if "vision_tower" in name or "mm_projector" in name}
+    assert any("post_layernorm" in name for name in trained)
+    torch_save({f"base_model.model.{name}": v for name, v in trained.items()}, lora / "non_lora_trainables.bin")
+    opened = numbers(open_model(lora))
+    tower = "vision_tower.vision_tower.vision_model"
+    expected = trained[f"model.{tower}.embeddings.class_embedding"]
+    np.testing.assert_array_equal(opened[f"llama.{tower}.class_embedding"], expected)
+
+
 def test_adapters_of_peft_that_are_another_thing_are_refused(peft, tmp_path):
     config = json.loads((peft[0] / "adapter_config.json").read_text())
     for change, says in (
         ({"use_dora": True}, "use_dora true; expected plain LoRA"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'; expected LORA"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"use_qalora": True}, "use_qalora true; expected plain LoRA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias true"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
         ({"base_model_name_or_path": None}, "doesn't say which model it adapts"),
     ):
         folder = tmp_path / next(iter(change))
@@ -755,6 +847,24 @@ def test_adapters_of_peft_that_are_another_thing_are_refused(peft, tmp_path):
         write_json(folder / "adapter_config.json", {**config, **change})
         with pytest.raises(UserError, match=says):
             open_model(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_adapters_of_peft_whose_start_was_taken_from_the_base_are_refused(peft, tmp_path, start):
+    """PEFT changes the base when it loads them: on the base as it is they would give other answers."""
+    lora = shutil.copytree(peft[0], tmp_path / "lora")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**config, "init_lora_weights": start})
+    with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*path_initial_model_for_weight_conversion"):
+        open_model(lora)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_adapters_of_peft_with_a_start_of_their_own_open(peft, tmp_path, start):
+    lora = shutil.copytree(peft[0], tmp_path / "lora")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**config, "init_lora_weights": start})
+    open_model(lora)
 
 
 def test_an_adapter_is_added_to_a_model_that_is_open(lora, hugging_face):
@@ -800,12 +910,12 @@ def test_lora_folders_that_cannot_be_opened(lora, tmp_path):
     config = json.loads((folder / "lora_config.json").read_text())
     state = load_file(folder / "lora_model_state.safetensors")
 
-    def refused(says, config=config, state=state):
+    def refused(says, config=config, state=state, **how):
         write_json(tmp_path / "lora_config.json", config)
         if state is not None:
             save_file(state, tmp_path / "lora_model_state.safetensors")
         with pytest.raises(UserError, match=says):
-            open_model(tmp_path)
+            open_model(tmp_path, **how)
 
     refused("but no adapter", state=None)
     refused("doesn't say which model it adapts", {**config, "base_model_name_or_path": None})
@@ -813,9 +923,20 @@ def test_lora_folders_that_cannot_be_opened(lora, tmp_path):
     refused("its own folder", {**config, "base_model_name_or_path": str(tmp_path)})
     refused("use_mora", {**config, "use_mora": True})
     refused("expected two positive numbers", {**config, "r": 0})
+    for alpha in (float("inf"), float("nan"), 10**400):
+        refused("expected two positive numbers, both finite", {**config, "lora_alpha": alpha})
     first = next(name for name in state if name.endswith("lora_A"))
     refused("only lora_B", state={name: values for name, values in state.items() if name != first})
     refused(r"with A .* expected \[48, 4\]", state={**state, first: state[first][:8]})
+    refused(f"{first} in int32; expected floating-point", state={**state, first: state[first].astype(np.int32)})
+    refused("holds no lora_A and lora_B", state={"llama.norm.weight": np.ones(32, np.float32)})
+    says = f"adds {first} and {first[:-1]}B to .* NaN or infinities in float32"
+    for value in (np.nan, np.inf):
+        refused(says, state={**state, first: np.full_like(state[first], value)})
+    refused(says, {**config, "lora_alpha": 1e300})
+    refused("NaN or infinities in float16", {**config, "lora_alpha": 1e7}, dtype="float16")
+    projector = {"llama.mm_projector.0.bias": np.full(32, np.nan, np.float32)}
+    refused("brings llama.mm_projector.0.bias, .* NaN or infinities", state={**state, **projector})
     foreign = {f"llama.layers.9.mlp.up_proj.lora_{half}": state[first[:-1] + half] for half in "AB"}
     refused("which the model hasn't", state={**state, **foreign})
 

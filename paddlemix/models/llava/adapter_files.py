@@ -7,12 +7,13 @@ trained, such as the projector, beside it as ``non_lora_trainables.bin``.
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava import layouts
-from paddlemix.models.llava.tensor_files import Source, open_tensor_file, read_json
+from paddlemix.models.llava.tensor_files import FLOAT_DTYPES, Source, open_tensor_file, read_json
 
 __all__ = ["ADAPTER_FILES", "Adapter", "LORA_CONFIG", "LORA_WEIGHTS", "Pair", "config_of", "read_adapter"]
 
@@ -34,8 +35,14 @@ ADAPTER_FILES = (
 # keys of the two configs that make another thing of an adapter, if they are set
 _VARIANTS = {
     LORA_CONFIG: ("use_mora", "lora_use_mixer", "pissa", "loraga", "do_qat"),
-    PEFT_CONFIG: ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "megatron_config"),
+    PEFT_CONFIG: (
+        *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "megatron_config"),
+        *("use_qalora", "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias"),
+        *("alora_invocation_tokens", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+    ),
 }
+# PEFT's init_lora_weights, beside true and false, that leave the base's own weights as they are
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 class Pair(NamedTuple):
@@ -74,6 +81,13 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"{path} has {variant} {_shown(config[variant])}; expected plain LoRA or rslora.")
     if peft and config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{path} has peft_type {config['peft_type']!r}; expected LORA.")
+    start = config.get("init_lora_weights")
+    if peft and isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        raise UserError(
+            f"{path} has init_lora_weights {start!r}, with which PEFT changes the base's own weights too; expected plain "
+            "LoRA: save the adapter by PEFT's save_pretrained with path_initial_model_for_weight_conversion, or the whole "
+            "model after merge_and_unload."
+        )
     names = PEFT_WEIGHTS if peft else LORA_WEIGHTS
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
@@ -83,8 +97,9 @@ def read_adapter(folder: Path) -> Adapter:
     if beside.is_file():
         tensors = {**tensors, **open_tensor_file(beside)}
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{path} has r {rank!r} and lora_alpha {alpha!r}; expected two positive numbers.")
+    finite = isinstance(alpha, (int, float)) and abs(alpha) <= sys.float_info.max
+    if not isinstance(rank, int) or rank < 1 or not finite:
+        raise UserError(f"{path} has r {rank!r} and lora_alpha {alpha!r}; expected two positive numbers, both finite.")
     scaling = alpha / (rank**0.5 if config.get("use_rslora" if peft else "rslora") else rank)
 
     halves: Dict[str, Dict[str, Source]] = {}
@@ -92,11 +107,15 @@ def read_adapter(folder: Path) -> Adapter:
     for published, tensor in tensors.items():
         name, half, transpose = (_peft_place if peft else _own_place)(published, folder)
         if half is not None:
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise UserError(f"{folder} holds {published} in {tensor.dtype}; expected floating-point numbers.")
             halves.setdefault(name, {})[half] = Source(tensor, published, transpose)
         elif name in whole:
             raise UserError(f"{folder} holds {published} and {whole[name].published}, which are the same tensor.")
         else:
             whole[name] = Source(tensor, published, transpose)
+    if not halves:
+        raise UserError(f"{found[0]} holds no lora_A and lora_B; the adapter is not whole.")
     for name, both in halves.items():
         if set(both) != {"A", "B"}:
             raise UserError(f"{folder} has only lora_{next(iter(both))} for {name}; the adapter is not whole.")
@@ -119,7 +138,8 @@ def _peft_place(published: str, folder: Path) -> Tuple[str, Optional[str], bool]
         r"^base_model\.(?:model\.)?(?=model\.|language_model\.|vision_tower|multi_modal|lm_head)", "", published
     )
     name = re.sub(r"^model\.(?=model\.)", "", name)
-    adapted = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+    name = name.replace(".base_layer.", ".")  # the adapted layer itself: its bias, or the matrix of the vocabulary
+    adapted = re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?", name)
     known, ours = layouts.read_name(adapted.group(1) + ".weight" if adapted else name)
     if not known or ours is None:
         raise UserError(f"{folder} adapts {published}, which no LLaVA model has.")

@@ -552,28 +552,55 @@ def merge_lora(model: paddle.nn.Layer, folder: Union[str, Path]) -> None:
     folder = Path(folder)
     adapter = read_adapter(folder)
     parameters = dict(model.named_parameters())
-    problems = [name for name in (*adapter.pairs, *adapter.whole) if name not in parameters]
+    tied = {"llama.embed_tokens.weight", layouts.HEAD} & set(adapter.pairs) if model.config.tie_word_embeddings else ()
+    if tied:
+        raise UserError(
+            f"{folder} adapts {_some(list(tied))}, but the embeddings and the head of this model are one tensor "
+            "(tie_word_embeddings); expected an adapter of other layers."
+        )
+
+    def used(name: str) -> bool:
+        return name in parameters or not (
+            name.startswith(layouts.TOWER) and _never_used(name, name, model.config, folder)
+        )
+
+    pairs = {name: pair for name, pair in adapter.pairs.items() if used(name)}
+    whole = {name: source for name, source in adapter.whole.items() if used(name)}
+    problems = [name for name in (*pairs, *whole) if name not in parameters]
     if problems:
         raise UserError(f"{folder} adapts {_some(problems)}, which the model hasn't; it belongs to another base.")
-    for name, pair in adapter.pairs.items():
+    for name, pair in pairs.items():
         shape = tuple(parameters[name].shape)
-        expected = ((shape[0], adapter.rank), (adapter.rank, shape[1]))
-        if (pair.A.shape, pair.B.shape) != expected:
+        expected = ((shape[0], adapter.rank), (adapter.rank, shape[-1]))
+        if len(shape) != 2 or (pair.A.shape, pair.B.shape) != expected:
             raise UserError(
                 f"{folder} adapts {name} {list(shape)} with A {list(pair.A.shape)} and B {list(pair.B.shape)}; expected "
                 f"{list(expected[0])} and {list(expected[1])}."
             )
-    whole = adapter.whole
     check({name: tuple(parameters[name].shape) for name in whole}, whole, [], model.config, folder)
     _stream({name: parameters[name] for name in whole}, whole)
-    for name, pair in adapter.pairs.items():
-        product = _float32(pair.A) @ _float32(pair.B)
-        product *= np.float32(adapter.scaling)
+    for name, source in whole.items():
         dtype = _dtype_of(parameters[name])
-        product += convert(read_values(parameters[name]), dtype, "float32")
-        values = empty(product.shape, dtype)
-        convert(product, "float32", dtype, out=values)
+        _check_finite(read_values(parameters[name]), dtype, f"{folder} brings {source.published}")
+    for name, pair in pairs.items():
+        dtype = _dtype_of(parameters[name])
+        values = empty(tuple(parameters[name].shape), dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # it is said below
+            product = _float32(pair.A) @ _float32(pair.B)
+            product *= np.float32(adapter.scaling)
+            product += convert(read_values(parameters[name]), dtype, "float32")
+            convert(product, "float32", dtype, out=values)
+        made = f"{folder} adds {pair.A.published} and {pair.B.published} to {name} of the base"
+        _check_finite(values, dtype, made)
         assign(parameters[name], values)
+
+
+def _check_finite(values: np.ndarray, dtype: str, made: str) -> None:
+    if not np.isfinite(convert(values, dtype, "float32")).all():
+        raise UserError(
+            f"{made}, which gives NaN or infinities in {dtype}; expected finite numbers: look at these tensors and "
+            "at lora_alpha, or take a wider dtype."
+        )
 
 
 def _float32(source: Source) -> np.ndarray:
