@@ -115,12 +115,13 @@ class LlavaProcessor:
             config = deepcopy(config)
             config.image_aspect_ratio = image_aspect_ratio
             config.validate()
-        folder = adapter if adapter is not None and has_tokenizer(adapter) else checkpoint.processor_folder(folder)
+        model = folder
+        folder = adapter if adapter is not None and has_tokenizer(adapter) else checkpoint.processor_folder(model)
         image_processor = None
         if config.vision is not None:
             place = folder
             if not has_image_processor(folder):  # the original release has it with the tower
-                place = checkpoint.separate_tower(folder, config) or folder
+                place = checkpoint.separate_tower(model, config, adapter) or folder
             image_processor = LlavaImageProcessor.from_pretrained(
                 place, config=config, image_aspect_ratio=image_aspect_ratio
             )

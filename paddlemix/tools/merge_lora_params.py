@@ -62,20 +62,24 @@ def merge(
         raise UserError(
             f"{adapter} has no lora_config.json (or adapter_config.json), so it isn't the folder of an adapter."
         )
-    recorded = read_json(config).get("base_model_name_or_path")
-    if model_name_or_path is None:
-        if not recorded:
-            raise UserError(f"{adapter} doesn't record its base; name it with --model_name_or_path.")
-        model_name_or_path = recorded
+    if merge_model_path is not None and not merge_model_path.strip():
+        raise UserError(
+            "--merge_model_path is empty; expected a folder, or leave it out to merge into the adapter's own."
+        )
+    if model_name_or_path is None and not read_json(config).get("base_model_name_or_path"):
+        raise UserError(f"{adapter} doesn't record its base; name it with --model_name_or_path.")
     target = Path(os.path.expanduser(merge_model_path)) if merge_model_path else adapter
     if target.exists() and not target.is_dir():
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--merge_model_path names {target}, but nothing can be written to {there}.")
-    base = checkpoint.resolve(model_name_or_path)
+    if model_name_or_path is None:
+        base = checkpoint.recorded_base(adapter)
+    else:
+        base = checkpoint.resolve(model_name_or_path)
     processor = LlavaProcessor.from_pretrained(base, adapter=adapter)
-    for needed in checkpoint.needed_folders(base, processor.config):
+    for needed in checkpoint.needed_folders(base, processor.config, adapter):
         if target.resolve() == needed.resolve():
             raise UserError(f"--merge_model_path names {target}, which the base is read from; name another folder.")
 

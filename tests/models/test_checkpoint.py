@@ -17,6 +17,7 @@ from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.models.llava.published_configs import KNOWN_TOWERS
 from paddlemix.processors.llava import LlavaProcessor
+from paddlemix.tools.convert_checkpoint import convert
 from paddlemix.tools.merge_lora_params import merge
 from tests.checkpoints import (
     flat_config,
@@ -826,6 +827,37 @@ def test_a_trained_tower_of_the_original_release_opens_with_what_llava_never_use
     tower = "vision_tower.vision_tower.vision_model"
     expected = trained[f"model.{tower}.embeddings.class_embedding"]
     np.testing.assert_array_equal(opened[f"llama.{tower}.class_embedding"], expected)
+
+
+@pytest.mark.parametrize("name", ["./eyes", "../eyes"])
+@pytest.mark.parametrize("place", ["lora", "vicuna"])
+def test_a_tower_lies_with_the_adapter_whose_config_names_it_or_with_its_base(peft, tmp_path, place, name):
+    lora, whole = peft
+    for folder in ("llava-lora", "vicuna"):
+        shutil.copytree(lora.parent / folder, tmp_path / folder.replace("llava-", "") / "at")
+    adapter, base = tmp_path / "lora" / "at", tmp_path / "vicuna" / "at"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": str(base)})
+    write_json(adapter / "config.json", flat_config("llava", mm_vision_tower=name))
+    with pytest.raises(UserError, match=f"mm_vision_tower of {adapter} is '{name}'"):
+        open_model(adapter)
+
+    tower = shutil.copytree(lora.parent / "clip", tmp_path / place / "at" / name)
+    pictures = json.loads((tower / "preprocessor_config.json").read_text())
+    write_json(tower / "preprocessor_config.json", {**pictures, "image_mean": [0.5, 0.25, 0.125]})
+    expected = numbers(open_model(whole))
+    merged = merge(str(adapter), str(tmp_path / "merged"), dtype="float32")
+    converted = convert(str(adapter), str(tmp_path / "converted"), "original")
+    for model in (open_model(adapter), open_model(base, lora_path=adapter), open_model(merged), open_model(converted)):
+        for key, values in numbers(model).items():
+            np.testing.assert_allclose(values, expected[key], atol=1e-6, err_msg=key)
+    for processor in (
+        LlavaProcessor.from_pretrained(adapter),
+        LlavaProcessor.from_pretrained(base, adapter=adapter),
+        LlavaProcessor.from_pretrained(merged),
+        LlavaProcessor.from_pretrained(converted),
+    ):
+        np.testing.assert_allclose(np.ravel(processor.image_processor.image_mean), [0.5, 0.25, 0.125])
 
 
 def test_adapters_of_peft_that_are_another_thing_are_refused(peft, tmp_path):

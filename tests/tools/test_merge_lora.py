@@ -87,6 +87,19 @@ def test_the_base_is_recorded_and_the_adapters_folder_the_default_place(room, tm
         shutil.move(folder / "elsewhere", folder / "base")
 
 
+def test_a_base_that_is_recorded_beside_the_adapter(room, tmp_path, monkeypatch):
+    """As the chat opens it, wherever the command is run."""
+    folder, expected = room
+    for name in ("base", "adapter"):
+        shutil.copytree(folder / name, tmp_path / name)
+    config = json.loads((tmp_path / "adapter" / "lora_config.json").read_text())
+    config["base_model_name_or_path"] = "../base"
+    (tmp_path / "adapter" / "lora_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(make(tmp_path / "elsewhere"))
+    assert main(["--lora_path", str(tmp_path / "adapter"), "--merge_model_path", str(tmp_path / "merged")]) == 0
+    np.testing.assert_allclose(logits(LlavaLlamaForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-4)
+
+
 def test_the_dtype_is_the_bases_or_what_is_asked(room, tmp_path):
     folder, _ = room
     half = tmp_path / "half"
@@ -122,6 +135,12 @@ def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
     (torn / "lora_model_state.safetensors").unlink()
     nameless = tmp_path / "nameless"
     shutil.copytree(folder / "adapter", nameless)
+    spoilt, bare = tmp_path / "spoilt", tmp_path / "bare"
+    state = load_file(folder / "adapter" / "lora_model_state.safetensors")
+    first = next(iter(state))
+    for path, tensors in ((spoilt, {**state, first: np.full_like(state[first], np.nan)}), (bare, {})):
+        shutil.copytree(folder / "adapter", path)
+        save_file(tensors, path / "lora_model_state.safetensors")
     config = json.loads((nameless / "lora_config.json").read_text())
     (nameless / "lora_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     base, adapter, output = str(folder / "base"), str(folder / "adapter"), str(tmp_path / "out")
@@ -129,6 +148,8 @@ def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
         (["--lora_path", base], ["lora_config.json"]),
         (["--lora_path", str(torn), "--model_name_or_path", base], ["no adapter"]),
         (["--lora_path", str(nameless)], ["--model_name_or_path"]),
+        (["--lora_path", str(spoilt)], [first, "NaN or infinities"]),
+        (["--lora_path", str(bare)], ["lora_model_state.safetensors holds no lora_A and lora_B"]),
         (["--lora_path", adapter, "--model_name_or_path", str(other)], ["does not fit"]),
         (["--lora_path", adapter, "--model_name_or_path", "no/where"], ["no/where"]),
         (["--lora_path", adapter, "--model_name_or_path", adapter], ["applied twice"]),
@@ -141,6 +162,10 @@ def test_mistakes_are_one_sentence_and_write_nothing(room, tmp_path, capsys):
         main(["--lora_path", adapter, "--model_name_or_path", base, "--merge_model_path", str(tmp_path / "file")]) == 1
     )
     assert main(["--lora_path", adapter, "--model_name_or_path", base, "--merge_model_path", base]) == 1
+    before = sorted((folder / "adapter").iterdir())
+    assert main(["--lora_path", adapter, "--merge_model_path", ""]) == 1
+    assert "--merge_model_path is empty" in capsys.readouterr().err
+    assert sorted((folder / "adapter").iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import paddle
@@ -52,6 +53,7 @@ __all__ = [
     "no_init",
     "processor_folder",
     "read_config",
+    "recorded_base",
     "resolve",
     "save_model",
     "save_weights",
@@ -80,7 +82,7 @@ def read_config(folder: Union[str, Path], adapter: Optional[Path] = None) -> Lla
     Raises:
         UserError: no config.json, or one that the model can't honour; it names the key and what was expected.
     """
-    folder = Path(folder)
+    base = folder = Path(folder)
     if adapter is not None:
         if adapter.resolve() == folder.resolve():
             raise UserError(
@@ -91,9 +93,9 @@ def read_config(folder: Union[str, Path], adapter: Optional[Path] = None) -> Lla
             folder = adapter
     path = folder / "config.json"
     if not path.is_file():
-        base = lora_base(folder)
-        if base is not None:
-            return read_config(base)
+        recorded = lora_base(folder)
+        if recorded is not None:
+            return read_config(recorded)
         raise _no_checkpoint(folder)
     raw = read_json(path)
     try:
@@ -102,7 +104,9 @@ def read_config(folder: Union[str, Path], adapter: Optional[Path] = None) -> Lla
             pads = published_configs.pads_pictures(folder)
             values = published_configs.read_nested(raw, path, pads, lambda: _has_head(folder))
         else:
-            values = published_configs.read_flat(raw, path, lambda name: _tower_sizes(name, folder), kind == "text")
+            values = published_configs.read_flat(
+                raw, path, lambda name: _tower_sizes(name, folder, base), kind == "text"
+            )
         ends = published_configs.end_tokens(folder)
         if ends is not None:
             values["eos_token_id"] = ends
@@ -132,19 +136,49 @@ def _no_checkpoint(folder: Path) -> UserError:
     )
 
 
-def _tower_sizes(name: str, folder: Path) -> Dict[str, Any]:
-    """Sizes of the CLIP tower of a flat checkpoint without a vision_config of its own."""
-    shapes, hint = _tower_shapes(folder), published_configs.KNOWN_TOWERS.get(name)
+def _tower_sizes(name: str, folder: Path, base: Path) -> Dict[str, Any]:
+    """Sizes of the CLIP tower of a flat checkpoint without a vision_config of its own.
+
+    Args:
+        folder: whose config.json names the tower.
+        base: the checkpoint that it goes over, if it is an adapter's.
+    """
+    hint = published_configs.KNOWN_TOWERS.get(name)
+    sizes = _tower_sizes_in(folder, name, hint) or hint
+    if sizes is not None:
+        return dict(sizes)
+    places = _tower_places(with_bases(base), folder)
+    for place in places[1:]:
+        sizes = _tower_sizes_in(place, name, hint)
+        if sizes is not None:
+            return sizes
+    config = resolve_tower(name, folder, paddle_first=_is_toolkit_folder(places[-1])) / "config.json"
+    return published_configs.clip_sizes(read_json(config), config)
+
+
+def _tower_sizes_in(folder: Path, name: str, hint: Optional[Mapping[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The same from what lies there; None if that has no tower."""
+    shapes = _tower_shapes(folder)
     if not shapes or not hint or tuple(shapes.get(layouts.TOWER + "class_embedding", ())) != (hint["hidden_size"],):
         place = local_tower(name, folder)
         if place is not None:
             return published_configs.clip_sizes(read_json(place / "config.json"), place / "config.json")
-    if shapes:
-        return published_configs.infer_clip_sizes(shapes, name, folder, hint)
-    if hint:
-        return dict(hint)
-    config = resolve_tower(name, folder, paddle_first=_is_toolkit_folder(folder)) / "config.json"
-    return published_configs.clip_sizes(read_json(config), config)
+    return published_configs.infer_clip_sizes(shapes, name, folder, hint) if shapes else None
+
+
+def _tower_places(folders: List[Path], adapter: Optional[Path]) -> List[Path]:
+    """Where a CLIP tower may lie: with the config.json that names it first, then with what an adapter goes over.
+
+    Args:
+        folders: of :func:`with_bases`.
+        adapter: what goes over them, if anything does.
+    """
+    places = folders if adapter in (None, folders[0]) else [adapter, *folders]
+    return list(dropwhile(lambda place: not (place / "config.json").is_file(), places)) or places
+
+
+def _local_tower(name: str, places: List[Path]) -> Optional[Path]:
+    return next((tower for tower in (local_tower(name, place) for place in places) if tower is not None), None)
 
 
 def _tower_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
@@ -157,14 +191,18 @@ def _tower_shapes(folder: Path) -> Dict[str, Tuple[int, ...]]:
     return shapes
 
 
-def separate_tower(folder: Path, config: LlavaConfig) -> Optional[Path]:
+def separate_tower(folder: Path, config: LlavaConfig, adapter: Optional[Path] = None) -> Optional[Path]:
     """The folder of the CLIP tower that ``mm_vision_tower`` names, if it is on this machine or has to be; None for one inside
-    the checkpoint's weights, or one whose pictures are known to be CLIP's."""
-    name = config.mm_vision_tower
-    place = local_tower(name, folder) if name else None
-    if place is not None or not name or name in published_configs.KNOWN_TOWERS or _tower_shapes(folder):
-        return place
-    return resolve_tower(name, folder, paddle_first=_is_toolkit_folder(folder))
+    the checkpoint's weights, or one whose pictures are known to be CLIP's.
+
+    Args:
+        adapter: folder of a LoRA adapter that goes over the checkpoint; the tower may be with it.
+    """
+    name, places = config.mm_vision_tower, _tower_places(with_bases(folder), adapter)
+    tower = _local_tower(name, places) if name else None
+    if tower is not None or not name or name in published_configs.KNOWN_TOWERS or any(map(_tower_shapes, places)):
+        return tower
+    return resolve_tower(name, places[0], paddle_first=_is_toolkit_folder(places[-1]))
 
 
 def _is_toolkit_folder(folder: Path) -> bool:
@@ -175,11 +213,17 @@ def _is_toolkit_folder(folder: Path) -> bool:
 # what a folder holds, under our names
 
 
-def collect(folder: Path, config: LlavaConfig) -> Tuple[Dict[str, Source], List[str]]:
+def collect(
+    folder: Path, config: LlavaConfig, tower_places: Sequence[Path] = ()
+) -> Tuple[Dict[str, Source], List[str]]:
     """Our name -> source for every tensor of a checkpoint, its tower included, and the names that no layout knows.
 
     Tensors that LLaVA never uses (rotary tables, the text tower of a full CLIP, …) are left out.
+
+    Args:
+        tower_places: where a tower of its own may lie, the folder whose config.json names it first; default ``folder``.
     """
+    places = list(tower_places) or [folder]
     tensors = open_weights(folder)
     toolkit = layouts.is_toolkit(tensors)
     sources: Dict[str, Source] = {}
@@ -194,9 +238,10 @@ def collect(folder: Path, config: LlavaConfig) -> Tuple[Dict[str, Source], List[
     if config.vision is not None and not has_tower:
         if not config.mm_vision_tower:
             raise UserError(
-                f"{folder} has no vision tower inside, and its config.json no mm_vision_tower that names one."
+                f"{folder} has no vision tower inside, and {places[0] / 'config.json'} no mm_vision_tower that names one."
             )
-        tower = resolve_tower(config.mm_vision_tower, folder, paddle_first=toolkit)
+        tower = _local_tower(config.mm_vision_tower, places)
+        tower = tower or resolve_tower(config.mm_vision_tower, places[0], paddle_first=toolkit)
         more, unknown_more = collect_tower(tower)
         sources.update(more)
         unknown += unknown_more
@@ -388,19 +433,21 @@ def load_weights(
     folders = with_bases(Path(folder))
     adapters += folders[:-1]  # the first of them goes over all others
     brought = {name for each in adapters for name in read_adapter(each).whole}
-    _load_whole(model, folders[-1], new_projector, brought)
+    _load_whole(model, folders[-1], new_projector, brought, _tower_places(folders, adapter))
     for each in reversed(adapters):
         merge_lora(model, each)
 
 
-def _load_whole(model: paddle.nn.Layer, folder: Path, new_projector: bool, brought: Set[str]) -> None:
+def _load_whole(
+    model: paddle.nn.Layer, folder: Path, new_projector: bool, brought: Set[str], tower_places: List[Path]
+) -> None:
     """Without adapters, and without the tensors ``brought`` by one."""
     if not find_weights(folder):
         if not (folder / "config.json").is_file():
             raise _no_checkpoint(folder)
         raise UserError(f"{folder} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}.")
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in brought}
-    sources, unknown = collect(folder, model.config)
+    sources, unknown = collect(folder, model.config, tower_places)
     sources = {name: source for name, source in sources.items() if name not in brought}
     if new_projector and not any(name.startswith(layouts.PROJECTOR) for name in sources):
         for name in [name for name in parameters if name.startswith((layouts.PROJECTOR, layouts.NEWLINE))]:
@@ -488,19 +535,24 @@ def with_bases(folder: Path) -> List[Path]:
     Raises:
         UserError: as :func:`lora_base`.
     """
-    folders, base = [folder], _recorded_base(folder)
+    folders, base = [folder], _base_needed(folder)
     while base is not None:
         if base.resolve() in [each.resolve() for each in folders]:
             raise UserError(f"{folder} adapts itself by way of {base}; set base_model_name_or_path to a whole model.")
         folders.append(base)
-        base = _recorded_base(base)
+        base = _base_needed(base)
     return folders
 
 
-def needed_folders(folder: Path, config: LlavaConfig) -> List[Path]:
-    """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower."""
-    folders = with_bases(folder)
-    towers = [local_tower(config.mm_vision_tower, each) for each in folders] if config.mm_vision_tower else []
+def needed_folders(folder: Path, config: LlavaConfig, adapter: Optional[Path] = None) -> List[Path]:
+    """Folders that a checkpoint can't be opened without: its own, those of an adapter's bases, and of a CLIP tower.
+
+    Args:
+        adapter: folder of a LoRA adapter that goes over it; the tower may be with it.
+    """
+    folders, name = with_bases(folder), config.mm_vision_tower
+    places = [*folders, *([] if adapter is None else [adapter])]
+    towers = [local_tower(name, each) for each in places] if name else []
     return [*folders, *(tower for tower in towers if tower is not None)]
 
 
@@ -518,10 +570,18 @@ def stored_dtype(folder: Path) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _recorded_base(folder: Path) -> Optional[Path]:
+def _base_needed(folder: Path) -> Optional[Path]:
+    """None too for an adapter that was merged into its own folder."""
+    return None if config_of(folder) is None or find_weights(folder) else recorded_base(folder)
+
+
+def recorded_base(folder: Path) -> Path:
+    """What ``base_model_name_or_path`` of an adapter names: a folder beside it, a path, or a model's name.
+
+    Raises:
+        UserError: none is recorded, or it isn't there.
+    """
     path = config_of(folder)
-    if path is None or find_weights(folder):
-        return None
     recorded = read_json(path).get("base_model_name_or_path")
     if not recorded:
         raise UserError(f"{path} doesn't say which model it adapts; set base_model_name_or_path there.")
