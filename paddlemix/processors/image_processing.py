@@ -22,7 +22,7 @@ from PIL import Image
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import select_best_resolution
-from paddlemix.processors.images import MAX_PIXELS
+from paddlemix.processors.images import MAX_PIXELS, image_list, load_image
 
 if TYPE_CHECKING:  # the config brings PaddleNLP with it
     from paddlemix.models.llava.configuration import LlavaConfig
@@ -40,6 +40,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 DEFAULT_SIZE = 336
+BAND_PIXELS = 2**24  # of a padded square at once: 64 MiB, as PIL holds RGB
+MAX_SQUARE = 2**30  # pixels of a padded square's rows that hold the picture: ten seconds
 
 # the class in transformers that treats a picture in the same way
 HF_TYPES = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
@@ -50,15 +52,6 @@ SETTINGS = (
 
 Box = Sequence[float]
 Frame = Tuple[float, float, float, float]
-
-
-def _check_area(image: Image.Image, width: int, height: int) -> None:
-    """Refuses to blow a very thin picture up to what no picture may have."""
-    if width * height > MAX_PIXELS:
-        raise UserError(
-            f"a picture of {image.width} x {image.height} pixels is too thin: on its way to the model it would have "
-            f"{width} x {height}; cut it, or scale it down."
-        )
 
 
 class LlavaImageProcessor:
@@ -209,32 +202,95 @@ class LlavaImageProcessor:
 
     # ---- pictures ----
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """float32 [n, 3, H, W]: one picture's tiles, the whole picture first; n is 1 unless anyres."""
-        if image.mode != "RGB":
-            from paddlemix.processors.images import load_image
+    def check(self, size: Sequence[int], name: str = "The given picture") -> None:
+        """Refuses a picture that is so thin that it would grow beyond all measure on its way to the model.
 
-            image = load_image(image)
+        Args:
+            size: its width and height.
+            name: what the error calls it.
+
+        Raises:
+            UserError: it is too thin.
+        """
+        width, height = size
         if self.image_aspect_ratio == "pad":
-            tiles = [self._pad_to_square(image)]
-        elif self.image_aspect_ratio == "anyres":
-            tiles = self._cut_tiles(image)
+            side = max(width, height)
+            made = side, side
+            fits = side * height <= MAX_SQUARE and self._padded_size(size)[0] * side <= MAX_PIXELS
+        elif self.image_aspect_ratio == "square" and self.do_resize:
+            made = self._resized((width, height))
+            fits = made[0] * (height if self.do_center_crop else made[1]) <= MAX_PIXELS
         else:
-            tiles = [image]
-        return self._normalise(np.stack([np.asarray(self._resize_and_crop(tile)) for tile in tiles]))
+            return
+        if not fits:
+            raise UserError(
+                f"{name} ({width} x {height} pixels) is too thin: on its way to the model it would have {made[0]} x "
+                f"{made[1]}; cut it, or scale it down."
+            )
+
+    def preprocess(self, images: Any, return_tensors: Optional[str] = None) -> Union[np.ndarray, Dict[str, Any]]:
+        """The tiles of a picture, or of a list of them behind each other.
+
+        Args:
+            images: a picture (PIL, path, URL, array), or a list of them.
+            return_tensors: ``pd`` or ``np``, as Hugging Face's callers write it, for a dict with ``pixel_values`` and
+                ``image_sizes`` [M, 2] (width, height).
+
+        Returns:
+            float32 [n, 3, H, W], of each picture the whole one first; n is the number of pictures unless anyres.
+
+        Raises:
+            UserError: a picture that can't be opened, or is too thin.
+        """
+        opened = [load_image(image) for image in image_list(images)]
+        if not opened:
+            raise UserError("The image processor got an empty list; expected a picture, or some.")
+        tiles = [self._normalise(np.stack([np.asarray(tile) for tile in self._tiles(image)])) for image in opened]
+        pixel_values = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
+        if return_tensors is None:
+            return pixel_values
+        values = {"pixel_values": pixel_values, "image_sizes": np.array([image.size for image in opened], np.int64)}
+        if return_tensors == "np":
+            return values
+        if return_tensors != "pd":
+            raise UserError(
+                f"return_tensors is {return_tensors!r}; expected 'pd' (Paddle's tensors) or 'np' (NumPy's arrays)."
+            )
+        import paddle
+
+        return {name: paddle.to_tensor(value) for name, value in values.items()}
 
     __call__ = preprocess
 
-    def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        """The picture in the middle of a square of the mean colour."""
-        width, height = image.size
-        if width == height:
-            return image
-        side = max(width, height)
-        _check_area(image, side, side)
-        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        return square
+    def _tiles(self, image: Image.Image) -> List[Image.Image]:
+        self.check(image.size)
+        if self.image_aspect_ratio == "pad":
+            return [self._crop_middle(self._pad_and_resize(image))]
+        if self.image_aspect_ratio == "anyres":
+            return [self._crop_middle(self._resize(tile)) for tile in self._cut_tiles(image)]
+        return [self._crop_middle(self._resize(image))]
+
+    def _padded_size(self, size: Sequence[int]) -> Tuple[int, int]:
+        side = max(size)
+        return self._resized((side, side)) if self.do_resize else (side, side)
+
+    def _pad_and_resize(self, image: Image.Image) -> Image.Image:
+        """The picture in the middle of a square of the mean colour, resized.
+
+        The square of a long picture is huge, so only a band of it is there at a time: PIL's resize makes rows narrower
+        before it takes them together, and does so too where it gets them in bands.
+        """
+        side, (width, height) = max(image.size), image.size
+        size = self._padded_size(image.size)
+        mean = tuple(int(mean * 255) for mean in self.image_mean)
+        narrow = Image.new("RGB", (size[0], side), mean)
+        rows = max(1, BAND_PIXELS // side)
+        for top in range(0, height, rows):
+            part = image.crop((0, top, width, min(top + rows, height)))
+            band = Image.new("RGB", (side, part.height), mean)
+            band.paste(part, ((side - width) // 2, 0))
+            narrow.paste(band.resize((size[0], part.height), self.resample), (0, (side - height) // 2 + top))
+        return narrow.resize(size, self.resample)
 
     def _cut_tiles(self, image: Image.Image) -> List[Image.Image]:
         """The picture squeezed into a square, then the tiles of the best canvas, row by row."""
@@ -256,15 +312,25 @@ class LlavaImageProcessor:
             for left in range(0, canvas_width, step)
         ]
 
-    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        if self.do_resize:
-            size = self._resized(image.size)
-            _check_area(image, *size)
-            image = image.resize(size, self.resample)
-        if self.do_center_crop:
-            left, top, width, height = self._crop(image.size)
-            image = image.crop((left, top, left + width, top + height))  # what lies outside is black
-        return image
+    def _resize(self, image: Image.Image) -> Image.Image:
+        if not self.do_resize:
+            return image
+        size = self._resized(image.size)
+        if size[0] * size[1] <= MAX_PIXELS or not self.do_center_crop:
+            return image.resize(size, self.resample)
+        # a thin picture: of what it is blown up to only the middle is needed; across before down, as PIL goes for the whole
+        left, top, width, height = self._crop(size)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(left + width, size[0]), min(top + height, size[1])
+        across, down, width = image.width / size[0], image.height / size[1], right - left
+        box = (left * across, 0, right * across, image.height)
+        image = image.resize((width, image.height), self.resample, box)
+        return image.resize((width, bottom - top), self.resample, (0, top * down, width, bottom * down))
+
+    def _crop_middle(self, image: Image.Image) -> Image.Image:
+        if not self.do_center_crop:
+            return image
+        left, top, width, height = self._crop(image.size)
+        return image.crop((left, top, left + width, top + height))  # what lies outside is black
 
     def _normalise(self, tiles: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3] -> float32 [n, 3, H, W], by a table: a byte has only 256 values."""
@@ -378,7 +444,7 @@ def _read(folder: Path) -> Tuple[Optional[Path], Dict[str, Any]]:
             continue
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} can't be read as JSON: {error}.") from error
         if not isinstance(values, dict):
             raise UserError(f"{path} holds a {type(values).__name__}; expected a JSON object.")

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from paddlemix.errors import UserError
 
-__all__ = ["ImageSource", "image_digest", "load_image"]
+__all__ = ["ImageSource", "image_digest", "image_list", "load_image"]
 
 logger = logging.getLogger("paddlemix.processors.images")
 
@@ -83,6 +83,13 @@ def load_image(
         if scheme:
             return _from_url(text, (scheme[1] or scheme[2]).lower(), timeout, max_bytes, max_pixels)
     return _from_path(text, max_pixels)
+
+
+def image_list(images: Any) -> List[Any]:
+    """One picture, a list of them, or an array [M, H, W, C] -> a list; nothing is opened."""
+    if isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4):
+        return list(images)
+    return [images]
 
 
 def image_digest(image: Image.Image) -> str:

@@ -45,13 +45,13 @@ def test_beams_of_a_vocabulary_of_ends():
 def test_a_prompt_whose_beams_are_done_waits_for_its_neighbours(early_stopping):
     from .test_host_passes import build
 
-    model = build(vocab_size=40, initializer_range=0.5)
+    small = build(vocab_size=40, initializer_range=0.5)
     prompts = np.random.RandomState(0).randint(8, 40, (24, 5))
     given = dict(decode_strategy="beam_search", num_beams=3, max_new_tokens=12, pad_token_id=0)
     given.update(early_stopping=early_stopping, eos_token_id=[2, 5, 7])
-    together, scores = model.generate(paddle.to_tensor(prompts), **given)
+    together, scores = small.generate(paddle.to_tensor(prompts), **given)
     for row, prompt in enumerate(prompts):
-        alone, score = model.generate(paddle.to_tensor(prompt[None]), **given)
+        alone, score = small.generate(paddle.to_tensor(prompt[None]), **given)
         alone = alone[0].tolist()
         assert together[row].tolist() == alone + [0] * (together.shape[1] - len(alone))
         assert float(scores[row]) == pytest.approx(float(score), rel=1e-4)

@@ -269,11 +269,71 @@ def test_boxes_mark_the_same_thing_in_the_picture_and_in_pixel_values(mode):
         assert processor.undo_box((x1, y1, x2, y2), size) == pytest.approx(block)
 
 
-@pytest.mark.parametrize("ratio, size", [("square", (1, 2000)), ("pad", (20000, 1))])
-def test_a_picture_too_thin_to_be_blown_up_is_refused(ratio, size):
-    """It would take gigabytes on its way to a few thousand numbers."""
-    with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels is too thin"):
-        LlavaImageProcessor(image_aspect_ratio=ratio)(Image.new("RGB", size))
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(60, 5000), (5000, 60), (1, 300), (301, 200), (200, 301), (90, 90), (5, 2)])
+@pytest.mark.parametrize("band", [None, 1000])
+def test_a_square_in_bands_is_resized_as_the_whole_one(size, band, monkeypatch):
+    if band:
+        monkeypatch.setattr("paddlemix.processors.image_processing.BAND_PIXELS", band)
+    image, side = noise(*size), max(size)
+    square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in CLIP_MEAN))
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    found = LlavaImageProcessor(image_aspect_ratio="pad")(image)
+    assert np.array_equal(found, LlavaImageProcessor()(square))
+
+
+@pytest.mark.parametrize("size", [(30, 2000), (2000, 30)])
+def test_the_middle_of_a_thin_picture_is_that_of_the_whole_one(size, monkeypatch):
+    processor = LlavaImageProcessor(size=40, crop_size=48, do_normalize=False, do_rescale=False)
+    whole = processor(noise(*size))
+    monkeypatch.setattr("paddlemix.processors.image_processing.MAX_PIXELS", 90_000)  # fewer than the whole has
+    np.testing.assert_allclose(processor(noise(*size)), whole, rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(
+    "ratio, size",
+    [
+        ("square", (1, 20000)),
+        ("square", (20000, 1)),
+        ("pad", (20000, 900)),
+        ("pad", (108, 14000)),
+        ("anyres", (1, 9000)),
+    ],
+)
+def test_long_pictures_are_taken(ratio, size):
+    processor = LlavaImageProcessor(image_aspect_ratio=ratio, image_grid_pinpoints=CANVASES)
+    assert processor(Image.new("RGB", size, "white"))[0].max() > 1.9
+
+
+def test_a_picture_too_thin_to_be_blown_up_is_refused():
+    """It would take gigabytes, or minutes, on its way to a few thousand numbers."""
+    uncropped = LlavaImageProcessor(do_center_crop=False)
+    padded, cropped = LlavaImageProcessor(image_aspect_ratio="pad"), LlavaImageProcessor()
+    for processor, size in ((uncropped, (1, 2000)), (padded, (1, 40000)), (padded, (10**6, 1)), (cropped, (1, 10**6))):
+        with pytest.raises(UserError, match=rf"^The given picture \({size[0]} x {size[1]} pixels\) is too thin"):
+            processor(Image.new("RGB", size))
+        with pytest.raises(UserError, match="^cat.png .* is too thin"):
+            processor.check(size, "cat.png")
+
+
+def test_what_callers_of_hugging_face_write(tmp_path):
+    processor = LlavaImageProcessor(size=16, crop_size=16)
+    one, two = noise(40, 30), noise(20, 30)
+    two.save(tmp_path / "two.png")
+    expected = np.concatenate([processor(one), processor(two)])
+    assert np.array_equal(processor([one, tmp_path / "two.png"]), expected)
+    assert np.array_equal(processor(images=[np.asarray(one), str(tmp_path / "two.png")]), expected)
+    assert np.array_equal(processor(np.stack([np.asarray(one)] * 2))[1:], expected[:1])
+    for kind in ("np", "pd"):
+        values = processor.preprocess([one, two], return_tensors=kind)
+        assert isinstance(values["pixel_values"], np.ndarray) == (kind == "np")
+        assert np.array_equal(np.asarray(values["pixel_values"]), expected)
+        assert values["image_sizes"].tolist() == [[40, 30], [20, 30]]
+    with pytest.raises(UserError, match="return_tensors is 'pt'; expected 'pd'"):
+        processor.preprocess(one, return_tensors="pt")
 
 
 def test_importing_the_room_is_light():
