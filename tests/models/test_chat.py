@@ -3,8 +3,10 @@
 The reference is the same model on the whole prompt from scratch: ``generate`` has no cache from earlier turns.
 """
 
+import base64
 import copy
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -617,6 +619,19 @@ def test_bad_questions_and_pictures(parts, tmp_path):
     assert "USER: Between <image> and this" in chat.stats.last.prompt
 
 
+def test_a_picture_that_the_model_cannot_take_is_refused_at_once(parts, tmp_path):
+    chat = chat_of(parts)
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 40000)).save(thin)
+    for bring in (chat.add_image, lambda image: chat.ask("What is this?", image=image)):
+        with pytest.raises(UserError, match=rf"^{thin} \(1 x 40000 pixels\) is too thin"):
+            bring(thin)
+        with pytest.raises(UserError, match="^The picture .* is too thin"):
+            bring(Image.open(thin))
+    assert chat.picture is None
+    assert say(chat, "Why?") == from_scratch(chat)
+
+
 # ---- files ----
 
 
@@ -684,3 +699,46 @@ def test_files_that_cannot_be_saved_or_loaded(parts, tmp_path):
         with pytest.raises(UserError, match=reason):
             chat.load(make())
     assert chat.messages == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no named pipes")
+def test_pipes_and_devices_are_no_chats(parts, tmp_path):
+    chat = chat_of(parts)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="isn't a regular file"):
+            chat.load(path)
+        with pytest.raises(UserError, match="isn't a saved chat; give another name"):
+            chat.save(path)
+    for nothing in (None, 3):
+        for use in (chat.save, chat.load):
+            with pytest.raises(UserError, match=f"The file is {nothing}; expected its name"):
+                use(nothing)
+
+
+def test_a_chat_is_saved_behind_a_link(parts, tmp_path):
+    chat = chat_of(parts)
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.json", tmp_path / "there" / "chat.json"
+    try:
+        link.symlink_to(target)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    for rounds in (0, 1):  # also where nothing is behind it yet
+        assert chat.save(link) == link and link.is_symlink()
+        assert len(json.loads(target.read_text(encoding="utf-8"))["rounds"]) == rounds
+        say(chat, "Why?")
+    assert [path.name for path in target.parent.iterdir()] == ["chat.json"]
+
+
+@pytest.mark.parametrize("broken", [b"no picture", b""])
+def test_a_broken_picture_in_a_saved_chat_is_told_with_the_file(parts, tmp_path, broken):
+    chat = chat_of(parts)
+    chat.add_image(CAT)
+    file = chat.save(tmp_path / "chat.json")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    for held in saved["pictures"].values():
+        held["png"] = base64.b64encode(broken).decode()
+    file.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^{file} holds a picture that can't be used: the given bytes"):
+        chat.load(file)

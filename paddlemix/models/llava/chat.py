@@ -252,7 +252,7 @@ class LlavaChat:
             ends it.
 
         Raises:
-            UserError: an empty question, a picture that can't be opened, or more than the context holds.
+            UserError: an empty question, a picture that can't be opened or is too thin, or more than the context holds.
         """
         self._finish_running()
         if not isinstance(question, str) or not question.strip():
@@ -308,7 +308,7 @@ class LlavaChat:
             source: where an image that is already open came from; only to name it.
 
         Raises:
-            UserError: it can't be opened, or the model takes text only.
+            UserError: it can't be opened, is too thin, or the model takes text only.
         """
         self._finish_running()
         picture = self._open(image, source)
@@ -331,8 +331,8 @@ class LlavaChat:
         Raises:
             UserError: the file can't be written, or exists and isn't a saved chat.
         """
-        path = Path(os.path.expanduser(file))
-        if path.exists() and not _is_saved_chat(path):
+        path = _path(file)
+        if os.path.exists(path) and not _is_saved_chat(path):
             raise UserError(f"{path} exists and isn't a saved chat; give another name.")
         pictures: Dict[str, Dict[str, Optional[str]]] = {}
 
@@ -370,7 +370,9 @@ class LlavaChat:
                 the chat is unchanged.
         """
         self._finish_running()
-        path = Path(os.path.expanduser(file))
+        path = _path(file)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} isn't a regular file; expected a file that /save or LlavaChat.save wrote.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -401,7 +403,7 @@ class LlavaChat:
                     raise ValueError(f"the question {turn.question!r:.80} lacks its picture")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
-                raise
+                raise UserError(f"{path} holds a picture that can't be used: {error}") from error
             raise UserError(f"{path} is a damaged saved chat: {_reason(error)}.") from error
         self._heed_weights()
         self._rounds, self._waiting, self._spare = rounds, waiting, spare
@@ -621,6 +623,7 @@ class LlavaChat:
         if isinstance(image, (str, Path)) and not str(image).startswith("data:"):
             source = str(image)
         opened = self.processor.load_image(image)
+        self.processor.image_processor.check(opened.size, source or "The picture")
         return Picture(opened, self.processor.image_digest(opened), source)
 
     def _end_ids(self) -> List[int]:
@@ -718,7 +721,15 @@ def _reason(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
+def _path(file: Union[str, Path]) -> Path:
+    if not isinstance(file, (str, os.PathLike)):
+        raise UserError(f"The file is {file!r}; expected its name.")
+    return Path(os.path.expanduser(file))
+
+
 def _is_saved_chat(path: Path) -> bool:
+    if not os.path.isfile(path):  # a pipe or a device may never come to an end
+        return False
     try:
         with open(path, "rb") as file:
             return FILE_FORMAT.encode() in file.read(200)
@@ -727,10 +738,11 @@ def _is_saved_chat(path: Path) -> bool:
 
 
 def _write_atomically(path: Path, content: str) -> None:
-    """A temporary file beside it takes the place of the old one in one step."""
+    """A temporary file beside it takes the place of the old one in one step; behind a link, of what the link names."""
     temporary = None
+    target = Path(os.path.realpath(path))
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(content)
             file.flush()
@@ -738,7 +750,7 @@ def _write_atomically(path: Path, content: str) -> None:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp gives 0600
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
