@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from paddlemix.examples.llava import run_predict_multiround as program
+from paddlemix.examples.llava.terminal import LineReader
 from paddlemix.models.llava.chat import LlavaChat
 from paddlemix.models.llava.conversation import conv_templates
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
@@ -133,6 +134,16 @@ def test_bfloat16_on_a_cpu(folder, capsys):
     assert status == 0 and len(out.splitlines()) == 1 and "on cpu in bfloat16" in err
 
 
+def test_several_pictures_go_with_the_first_question(folder, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "navy").save(tmp_path / "navy.png")
+    flags = ["--model-path", str(folder), "--image-file", str(CAT), "--image-file", str(tmp_path / "navy.png")]
+    args = program.parse_args([*flags, "--max-new-tokens", "3"])
+    chat = program.load_chat(args, print)
+    assert [picture.source for picture in chat.pictures] == [str(CAT), str(tmp_path / "navy.png")]
+    "".join(chat.ask("Which is blue?"))
+    assert [picture.size for picture in chat.rounds[0].pictures] == [(225, 150), (30, 20)]
+
+
 # ---- a terminal ----
 
 
@@ -212,6 +223,30 @@ def test_a_terminal(tmp_path, environment):
     assert "+What is this?" in history.read_text(encoding="utf-8") and history.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("kind", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor(folder, tmp_path, environment, kind):
+    child = pexpect.spawn(
+        sys.executable,
+        [str(SCRIPT), "--model-path", str(folder), "--max-new-tokens", "4"],
+        env={**environment, "TERM": kind},
+        encoding="utf-8",
+        timeout=60,
+    )
+    try:
+        child.expect_exact("USER: ")
+        if kind == "unknown":
+            child.send("Why?\n")
+            child.expect_exact("ASSISTANT: ")
+            child.expect_exact("USER: ")
+        child.sendeof()  # right at the prompt
+        child.expect_exact("exit...")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+    finally:
+        child.close(force=True)
+
+
 def test_a_terminal_gets_no_control_characters_from_the_model(monkeypatch, capsys):
     class Saying:
         def ask(self, question):
@@ -222,6 +257,7 @@ def test_a_terminal_gets_no_control_characters_from_the_model(monkeypatch, capsy
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     program.answer_questions(Saying(), ["What?"], False)
     assert capsys.readouterr().out == "a[2Jb\tc\n\n"
+    assert LineReader().clean("a\x1b[2Jb") == "a[2Jb"  # a dumb one neither
 
 
 # ---- what is refused before anything is loaded ----
@@ -296,6 +332,19 @@ def test_what_this_machine_lacks_is_one_sentence(folder, capsys, flags, words):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert out == "" and len(lines) == 1 and "Traceback" not in err
     assert all(word in lines[0] for word in words)
+
+
+def test_a_picture_that_the_model_cannot_take(folder, tmp_path, capsys, monkeypatch):
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 40000)).save(thin)
+
+    def never(*_, **__):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "from_pretrained", never)
+    assert program.main(["--model-path", str(folder), "--image-file", str(CAT), "--image-file", str(thin)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {thin} (1 x 40000 pixels) is too thin") and len(err.splitlines()) == 1
 
 
 def test_half_a_checkpoint_and_a_picture_for_a_text_model(folder, tmp_path, capsys):
@@ -443,6 +492,33 @@ def test_box_never_replaces_the_picture_itself(chat, tmp_path, capsys, monkeypat
     with pytest.raises(program.UserError, match="the picture itself"):
         program.box_file("~/copy.png", "~/copy.png")
     assert copy.read_bytes() == CAT.read_bytes()
+
+
+def test_box_replaces_no_file_that_it_did_not_draw(chat, tmp_path, capsys):
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (20, 10)).save(mine)
+    before = mine.read_bytes()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "e.png").mkdir()
+    lines = ["/box mine", "/box new.png", "/box ./new", "/box d", "/box e.png", "/box e"]
+    program.Shell(chat, Lines(*lines)).run()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "error: mine.png exists, and /box didn't draw it in this chat; give another name."
+    assert said[1:3] == ["Drew 1 box on the picture: new.png"] * 2
+    assert said[3] == "error: d names a folder; /box needs the name of a file."
+    assert said[4] == "error: e.png names a folder; /box needs the name of a file."
+    assert said[5].startswith("error: e.png exists") and mine.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["e.png", "mine.png", "new.png"]
+    program.Shell(chat, Lines("/box new.png")).run()  # another chat
+    assert capsys.readouterr().out.startswith("error: new.png exists")
+
+
+def test_a_refused_picture_leaves_the_chat_as_it_was(chat, tmp_path, capsys):
+    Image.new("RGB", (1, 40000)).save(tmp_path / "thin.png")
+    program.Shell(chat, Lines("/image thin.png", "Why?")).run()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("error: thin.png (1 x 40000 pixels) is too thin")
+    assert said[1].startswith("ASSISTANT: ") and len(chat.rounds) == 2
 
 
 def test_box_replaces_no_other_picture_of_the_chat(chat, tmp_path, capsys, monkeypatch):

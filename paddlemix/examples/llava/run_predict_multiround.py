@@ -18,7 +18,7 @@ import traceback
 import urllib.parse
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Set
 
 if __package__ in (None, ""):  # run by its path, from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -89,7 +89,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="folder or name " + default,
     )
     add("--lora-path", metavar="FOLDER", help="a LoRA adapter that is not merged into the model")
-    add("--image-file", metavar="PATH|URL", help="the picture to talk about; without one the chat is about text")
+    add(
+        "--image-file",
+        metavar="PATH|URL",
+        action="append",
+        help="the picture to talk about; without one the chat is about text; several go with the first question, in order",
+    )
     add("--conv-mode", metavar="NAME", help="conversation template (default: what the checkpoint says)")
     add("--temperature", metavar="T", type=at_least_0, default=0.2, help="0 is greedy " + default)
     add("--top-p", metavar="P", type=share, default=1.0, help="sample among the likeliest that reach P " + default)
@@ -213,11 +218,11 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
         raise UserError(f"--lora-path is {args.lora_path!r}, which {lack}; expected the folder of a LoRA adapter.")
     from paddlemix.models.llava.hub import resolve
 
-    image = None
+    images = []
     if args.image_file is not None:
         from paddlemix.processors.images import load_image
 
-        image = load_image(args.image_file)
+        images = [(load_image(source), source) for source in args.image_file]
 
     if args.device is None and args.dtype is None:  # else these are looked at before anything is downloaded
         resolve(args.model_path)
@@ -232,6 +237,8 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
 
     started = time.perf_counter()
     processor = LlavaProcessor.from_pretrained(folder, adapter=adapter)
+    for image, source in images if processor.image_processor is not None else ():
+        processor.image_processor.check(image.size, source)
     model = LlavaLlamaForCausalLM.from_pretrained(folder, config=processor.config, dtype=dtype, lora_path=adapter)
     if args.debug:
         debug(f"model: {args.model_path} on {device} in {dtype}, {time.perf_counter() - started:.1f} s")
@@ -247,8 +254,8 @@ def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):
         template=args.conv_mode,
         on_notice=on_notice,
     )
-    if image is not None:
-        chat.add_image(image, source=args.image_file)
+    for image, source in images:
+        chat.add_image(image, source=source)
     return chat
 
 
@@ -277,6 +284,7 @@ class Shell:
 
     def __init__(self, chat, reader, debug: bool = False):
         self.chat, self.reader, self.debug = chat, reader, debug
+        self.drawn: Set[Path] = set()  # what /box has written
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -373,6 +381,9 @@ class Shell:
         path = box_file(named_file(file, "/box"), picture.source, [other.source for other in self.chat.pictures])
         image_processor = self.chat.processor.image_processor
         boxes = [image_processor.undo_box(box, picture.size) for box in boxes]
+        if path.exists() and path.resolve() not in self.drawn:
+            raise UserError(f"{path} exists, and /box didn't draw it in this chat; give another name.")
+        self.drawn.add(path.resolve())
         try:
             draw_boxes(picture.image, boxes).save(path, format="PNG")
         except OSError as error:
@@ -421,6 +432,8 @@ def box_file(file: str, source: Optional[str], others: Sequence[Optional[str]] =
     """
     if file:
         path = Path(os.path.expanduser(file))
+        if path.is_dir():
+            raise UserError(f"{file} names a folder; /box needs the name of a file.")
         if not path.suffix:
             path = path.with_suffix(".png")
         if path.suffix.lower() != ".png":

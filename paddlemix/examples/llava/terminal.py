@@ -42,7 +42,7 @@ def one_interrupt() -> Iterator[None]:
 
 
 class LineReader:
-    """Lines of standard input: a pipe, a file, or a terminal whose output goes elsewhere."""
+    """Lines of standard input: a pipe, a file, or a terminal that can't move its cursor or whose output goes elsewhere."""
 
     @property
     def interactive(self) -> bool:
@@ -69,7 +69,7 @@ class LineReader:
 
     def clean(self, text: str) -> str:
         """Text of the model as it may be shown here."""
-        return text
+        return for_terminal(text) if sys.stdout.isatty() else text
 
 
 class TerminalReader:
@@ -104,9 +104,12 @@ class TerminalReader:
 
 
 def open_reader(commands: Mapping[str, bool]):
-    """A :class:`TerminalReader` if both ends are a terminal, else a :class:`LineReader`."""
-    ends = (sys.stdin, sys.stdout)
-    return TerminalReader(commands) if all(end is not None and end.isatty() for end in ends) else LineReader()
+    """A :class:`TerminalReader` if both ends are a terminal that lines can be edited at, else a :class:`LineReader`."""
+    if not all(end is not None and end.isatty() for end in (sys.stdin, sys.stdout)):
+        return LineReader()
+    from prompt_toolkit.utils import is_dumb_terminal
+
+    return LineReader() if is_dumb_terminal() else TerminalReader(commands)
 
 
 def _history():
