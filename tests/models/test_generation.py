@@ -126,6 +126,26 @@ def test_repetition_penalty_leaves_placeholders_out():
     assert scores.tolist() == [[1.0, -4.0, 4.0]]
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-30])
+@pytest.mark.parametrize("penalty", [1e-310, 1e-300, 1.0, 1e300, 1.7e308])
+@pytest.mark.filterwarnings("error")
+def test_extreme_settings_have_their_limit_as_effect(temperature, penalty):
+    logits = np.array([[3.0, -2.0, 4.0, 1.0]], np.float32)
+    settings = GenerationSettings(repetition_penalty=penalty)
+    sampled = replace(settings, decode_strategy="sampling", temperature=temperature, seed=0)
+    expected = 2 if penalty == 1 else 0 if penalty < 1 else 2
+    for each in (settings, sampled):
+        token, log_prob = Sampler(each)(paddle.to_tensor(logits), [[0, 1]], 0)
+        assert token.tolist() == [expected] and np.isfinite(log_prob).all()
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_an_extreme_penalty_in_beam_search(golden, model, penalty):  # noqa: F811
+    ids = paddle.to_tensor(golden["short"])
+    _, scores = model.generate(ids, decode_strategy="beam_search", num_beams=3, repetition_penalty=penalty)
+    assert np.isfinite(scores.numpy()).all()
+
+
 def test_several_draws_per_prompt(golden, model):  # noqa: F811
     ids, _ = model.generate(
         paddle.to_tensor(golden["short"]), decode_strategy="sampling", num_return_sequences=3, max_new_tokens=4, seed=1

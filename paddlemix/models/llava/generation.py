@@ -214,12 +214,17 @@ def read_generation_config(folder: Path, config: LlavaConfig) -> GenerationConfi
 
 
 def penalise_repetition(scores: np.ndarray, seen: List[List[int]], penalty: float) -> np.ndarray:
-    """scores [B, V] with the tokens that each row has seen made less likely; placeholders (negative ids) don't count."""
-    scores = scores.copy()
+    """scores [B, V] with the tokens that each row has seen made less likely; placeholders (negative ids) don't count.
+
+    Any penalty gives finite numbers: they are float64, and none is beyond 1e300.
+    """
+    scores = scores.astype(np.float64)
     for row, ids in enumerate(seen):
         ids = np.unique(np.array([i for i in ids if i >= 0], dtype=np.int64))
         held = scores[row, ids]
-        scores[row, ids] = np.where(held > 0, held / penalty, held * penalty)
+        with np.errstate(over="ignore"):
+            held = np.where(held > 0, held / penalty, held * penalty)
+        scores[row, ids] = np.clip(held, -1e300, 1e300)
     return scores
 
 
@@ -268,8 +273,9 @@ class Sampler:
         candidates = np.arange(scores.size)
         if 0 < settings.top_k < scores.size:
             candidates = np.argpartition(scores, -settings.top_k)[-settings.top_k :]
-        weights = scores[candidates].astype(np.float64) / settings.temperature
-        weights = np.exp(weights - weights.max())
+        weights = scores[candidates].astype(np.float64)
+        with np.errstate(over="ignore"):  # as the temperature nears 0, all but the best end up at -inf
+            weights = np.exp((weights - weights.max()) / settings.temperature)
         weights /= weights.sum()
         if settings.top_p < 1:
             order = np.argsort(-weights, kind="stable")
