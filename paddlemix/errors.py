@@ -1,6 +1,9 @@
 """The one exception that a user's mistake raises, and the errors of the system that are one."""
 
 import errno
+import os
+from contextlib import contextmanager
+from typing import Iterator, Union
 
 # what the disk or its rights are to blame for, or a path that was given
 UNWRITABLE = frozenset(
@@ -14,3 +17,14 @@ class UserError(ValueError):
 
     The command-line tools print the sentence and exit with status 1; no traceback is shown.
     """
+
+
+@contextmanager
+def naming(path: Union[str, os.PathLike]) -> Iterator[None]:
+    """The system's errors inside have a file's name; one of a write, as on a full disk, has none of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise

@@ -3,7 +3,7 @@
 import re
 from typing import Sequence
 
-from paddlemix.evaluation.vqa import normalize_answer
+from paddlemix.evaluation.vqa import normalize_answer, with_articles
 
 __all__ = ["fact_recall"]
 
@@ -23,6 +23,11 @@ def fact_recall(prediction: str, facts: Sequence[str]) -> float:
     if not facts:
         raise ValueError("facts is empty: there is nothing that the description could name")
     # VQA's normalisation leaves a colon at its word, as in "red circle: 0.10, …"
-    said = f" {normalize_answer(prediction.replace(':', ' '))} "
-    facts = [normalize_answer(fact) for fact in facts]
-    return sum((fact if UNSPACED.search(fact) else f" {fact} ") in said for fact in facts) / len(facts)
+    prediction = prediction.replace(":", " ")
+
+    def named(fact: str) -> bool:
+        normalize = normalize_answer if normalize_answer(fact) else with_articles  # "the" and "!" are facts too
+        fact, said = normalize(fact), f" {normalize(prediction)} "
+        return bool(fact) and (fact if UNSPACED.search(fact) else f" {fact} ") in said
+
+    return sum(map(named, facts)) / len(facts)

@@ -5,8 +5,9 @@ digits; articles go; contractions that lost their apostrophe get it back.
 """
 
 import re
+from typing import List
 
-__all__ = ["exact_match", "normalize_answer"]
+__all__ = ["exact_match", "normalize_answer", "with_articles"]
 
 _NUMBERS = {
     word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -35,6 +36,19 @@ def normalize_answer(answer: str) -> str:
     >>> normalize_answer("isnt it 1,000?")
     "isn't it 1000"
     """
+    return " ".join(word for word in _words(answer) if word not in _ARTICLES)
+
+
+def with_articles(answer: str) -> str:
+    """For an answer of which normalisation leaves nothing: an article alone, such as the choice "A", or punctuation alone.
+
+    >>> with_articles("A."), with_articles("?")
+    ('a', '?')
+    """
+    return " ".join(_words(answer)) or answer.strip().lower()
+
+
+def _words(answer: str) -> List[str]:
     text = _BETWEEN_DIGITS.sub("", " ".join(answer.split()))
     for mark in _PUNCTUATION:
         # a mark at a word's end or start just goes; one between two words parts them, as in "black/white"
@@ -42,9 +56,16 @@ def normalize_answer(answer: str) -> str:
         text = text.replace(mark, "" if apart else " ")
     text = _LONE_PERIOD.sub("", text).lower()
     words = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return [_CONTRACTIONS.get(word, word) for word in words]
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both say the same after normalisation."""
-    return normalize_answer(prediction) == normalize_answer(reference)
+    """Whether both say the same after normalisation; an answer of which that leaves nothing is the same as itself alone.
+
+    >>> exact_match("A.", "A"), exact_match("", "A")
+    (True, False)
+    """
+    said, right = normalize_answer(prediction), normalize_answer(reference)
+    if said and right:
+        return said == right
+    return with_articles(prediction) == with_articles(reference)

@@ -27,7 +27,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 if __package__ in (None, ""):  # run by its path, from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, naming
 from paddlemix.tools.command_line import Parser, exit_status
 
 logger = logging.getLogger("paddlemix.evaluate")
@@ -38,7 +38,8 @@ METRICS = {"exact": "exact match", "box": f"IoU >= {IOU_THRESHOLD}", "facts": "f
 
 
 class Turn(NamedTuple):
-    """One question to the model: the messages up to it, the pictures in them as they can be opened, and what is right."""
+    """One question to the model: the messages up to it, the pictures in them as they can be opened, what is right, and
+    where in the data file it stands."""
 
     row: int
     turn: int
@@ -47,6 +48,7 @@ class Turn(NamedTuple):
     reference: str
     question_type: str
     facts: Optional[List[str]]
+    where: str = ""
 
 
 def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Optional[str] = None) -> List[Turn]:
@@ -64,6 +66,9 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
     data_file = os.path.expanduser(data_file)
     rows = RowFile(data_file)
     folders = [Path(os.path.expanduser(image_folder))] if image_folder else []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--image_folder is {image_folder}, and there is no such folder.")
     folders += [Path(data_file).parent, Path()]
     turns: List[Turn] = []
     for number in range(len(rows) if limit is None else min(limit, len(rows))):
@@ -79,13 +84,17 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
             facts = _per_turn(row, "facts", len(answers), list, None)
         except UserError as error:
             raise UserError(f"{rows.where(number)}: {error}") from None
+        where = rows.where(number)
         for order, position in enumerate(answers):
             if not messages[position]["content"].strip() and not facts[order]:
                 continue  # nothing that an answer could be held against; fine-tuning's evaluation leaves it out too
             history = messages[:position]
             seen = sum(message["content"].count(IMAGE_TOKEN) for message in history)
             turns.append(
-                Turn(number, order, history, images[:seen], messages[position]["content"], types[order], facts[order])
+                Turn(
+                    *(number, order, history, images[:seen]),
+                    *(messages[position]["content"], types[order], facts[order], where),
+                )
             )
     for problem in rows.problems:
         raise UserError(str(problem))
@@ -138,6 +147,9 @@ def predict(
         conv_mode: template name; default the checkpoint's.
         blank_image: shows a gray picture of the same size in place of each, to see what is answered without seeing.
         progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: a picture that can't be opened; with the row's place in the file.
     """
     from PIL import Image
     from tqdm import tqdm
@@ -162,7 +174,10 @@ def predict(
             batch = []
             for i in chosen:
                 turn = turns[i]
-                images = [picture(source) for source in turn.images]
+                try:
+                    images = [picture(source) for source in turn.images]
+                except UserError as error:
+                    raise UserError(f"{turn.where}: {error}") from None
                 messages = [*turn.messages, {"role": "assistant", "content": turn.reference}]
                 ids = processor.encode_messages(messages, [image.size for image in images], template).prompt(turn.turn)
                 beyond += len(ids) + max_new_tokens > limit and not model.config.rope_scaling
@@ -216,7 +231,7 @@ def table(figures: Dict[str, Dict[str, Any]]) -> str:
 
 def save_predictions(path: Path, turns: Sequence[Turn], predictions: Dict[int, str]) -> None:
     """JSON lines in the data file's order: row, turn, question, reference, prediction, question_type, metric, score."""
-    with open(path, "w", encoding="utf-8") as file:
+    with naming(path), open(path, "w", encoding="utf-8") as file:
         for index in sorted(predictions):
             turn, prediction = turns[index], predictions[index]
             metric, value = score(turn, prediction)
@@ -254,7 +269,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
-    """Reads, predicts, saves; returns the figures of :func:`evaluate`."""
+    """Reads, predicts, prints the table, saves; returns the figures of :func:`evaluate`."""
     turns = read_turns(arguments.data_file, arguments.limit, arguments.image_folder)
     if arguments.output_file:
         output = Path(os.path.expanduser(arguments.output_file)).absolute()
@@ -264,6 +279,8 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
             raise UserError(f"--output_file is {arguments.output_file}, in a folder that doesn't exist.")
         if not os.access(output if output.exists() else output.parent, os.W_OK):
             raise UserError(f"--output_file is {arguments.output_file}, which can't be written; name another file.")
+        if output.exists() and output.samefile(os.path.expanduser(arguments.data_file)):
+            raise UserError(f"--output_file is {arguments.output_file}, which is the data file; name another file.")
     from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
     from paddlemix.models.llava.lean import on_cpu
 
@@ -284,10 +301,12 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     try:
         for index, answer in answers:
             predictions[index] = answer
+        figures = evaluate(turns, predictions)
+        print(table(figures), flush=True)  # whatever the disk has to say afterwards
     finally:  # a run that is stopped keeps the answers that it has
         if arguments.output_file and predictions:
             save_predictions(output, turns, predictions)
-    return evaluate(turns, predictions)
+    return figures
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -296,7 +315,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         from paddlemix.runtime import prepare_cpu
 
         prepare_cpu()
-        print(table(run(arguments)))
+        run(arguments)
         return 0
 
     return exit_status(work)

@@ -71,3 +71,24 @@ def test_facts_in_lists_and_in_chinese():
     listed = "small red circle: 0.10, 0.10, 0.30, 0.30; large blue star: 0.50, 0.50, 0.90, 0.90"
     assert fact_recall(listed, ["red circle", "blue star", "red star"]) == 2 / 3
     assert fact_recall("图中有一个小红色圆形和一个大蓝色星形。", ["红色圆形", "红色星形"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, same",
+    [
+        ("", "A", False),
+        ("the", "A", False),
+        ("A.", "a", True),
+        ("A dog", "A", False),
+        ("!", "?", False),
+        ("?", " ? ", True),
+    ],
+)
+def test_answers_of_which_normalisation_leaves_nothing_are_compared_as_they_are(prediction, reference, same):
+    assert exact_match(prediction, reference) is same
+
+
+def test_facts_of_which_normalisation_leaves_nothing():
+    assert fact_recall("", ["the"]) == fact_recall("cat", ["the"]) == fact_recall("cat", ["!"]) == 0.0
+    assert fact_recall("The cat.", ["the"]) == fact_recall("the letter A", ["a"]) == 1.0
+    assert fact_recall("", [""]) == 0.0

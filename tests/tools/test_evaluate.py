@@ -241,6 +241,44 @@ def test_pictures_are_found_where_fine_tuning_finds_them(checkpoint, data, tmp_p
     assert message.startswith(f"error: {file}") and "row 1" in message and "red.png doesn't exist" in message
 
 
+@pytest.mark.parametrize("linked", [None, "symlink_to", "hardlink_to"])
+def test_predictions_never_replace_the_data(checkpoint, data, capsys, linked):
+    file = write(data / "test.json", [{"conversations": [["Q", "A"]]}])
+    before, output = open(file).read(), data / "test.json"
+    if linked:
+        output = data / "other.json"
+        getattr(output, linked)(file)
+    assert run(checkpoint, file, "--output_file", str(output))[0] == 1
+    assert "which is the data file; name another file" in capsys.readouterr().err
+    assert open(file).read() == before
+
+
+def test_a_corrupt_picture_has_its_place_in_the_file(checkpoint, data, capsys):
+    (data / "bad.png").write_bytes(b"no picture")
+    rows = [{"image": name, "conversations": [["<image>\nQ", "A"]]} for name in ("red.png", "bad.png")]
+    file = write(data / "test.json", rows)
+    assert run(checkpoint, file)[0] == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: {file}" in message and "(row 2)" in message and "bad.png" in message
+
+
+def test_a_folder_of_pictures_that_is_not_there(checkpoint, data, capsys):
+    file = write(data / "test.json", [{"image": "red.png", "conversations": [["<image>\nQ", "A"]]}])
+    assert run(checkpoint, file, "--image_folder", str(data / "nowhere"))[0] == 1
+    assert f"--image_folder is {data / 'nowhere'}, and there is no such folder" in capsys.readouterr().err
+
+
+def test_scores_are_told_though_the_disk_is_full(checkpoint, data, capsys):
+    file = write(data / "test.json", [{"conversations": [["Q", "A"]]}])
+    status = evaluate.main(
+        ["--model_name_or_path", str(checkpoint), "--data_file", file, "--max_new_tokens", "2"]
+        + ["--output_file", "/dev/full"]
+    )
+    told = capsys.readouterr()
+    assert status == 1 and "exact match" in told.out
+    assert told.err.strip().splitlines()[-1] == "error: /dev/full can't be written: No space left on device."
+
+
 def test_an_evaluation_that_is_stopped_keeps_its_answers(checkpoint, data, monkeypatch, capsys):
     """Ctrl-C while the second batch is answered."""
     from paddlemix.evaluation import answers

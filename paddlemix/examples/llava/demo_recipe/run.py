@@ -199,8 +199,8 @@ class Recipe:
         command += ["--output_file", str(self.out / f"{name}.predictions.jsonl"), "--batch_size", "64"]
         command += ["--blank_image"] if blank else []
         command += ["--limit", str(self.arguments.eval_limit)] if self.arguments.eval_limit else []
+        logger.info("%s", name)
         figures = evaluate.run(evaluate.parse(command))
-        logger.info("%s\n%s", name, evaluate.table(figures))
         done.write_text(json.dumps(figures, indent=1))
         return figures
 
