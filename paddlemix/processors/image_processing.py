@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Un
 import numpy as np
 from PIL import Image
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, naming
 from paddlemix.models.llava.anyres import select_best_resolution
 from paddlemix.processors.images import MAX_PIXELS, image_list, load_image
 
@@ -178,7 +178,8 @@ class LlavaImageProcessor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        with naming(path):
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return path
 
     def _check_tile_size(self, expected: int, path: Optional[Path]) -> None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, naming
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 __all__ = ["Tokenizer", "TokenizedText", "StreamDecoder", "load_tokenizer", "encode_text", "encode_with_offsets"]
@@ -531,7 +531,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
-            (folder / name).write_bytes(content)
+            with naming(folder / name):
+                (folder / name).write_bytes(content)
         for stale in replaced_files(folder, self._files):
             stale.unlink()
         return [str(folder / name) for name in self._files]
@@ -661,7 +662,7 @@ def _read_json(path: Path) -> Dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON file ({error}); copy it from its publisher again.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected a JSON object.")

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 
 import numpy as np
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, naming
 
 __all__ = [
     "StoredTensor",
@@ -378,7 +378,7 @@ def read_json(path: Path) -> Dict[str, Any]:
         raise UserError(_lfs_message(path))
     try:
         values = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of json, and of the bytes' encoding
         raise UserError(f"{path} is not valid JSON ({error}); fetch or write the file again.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}; expected an object.")
@@ -419,11 +419,8 @@ def read_safetensors(path: Path) -> Dict[str, StoredTensor]:
     try:
         header = json.loads(raw.decode("utf-8"))
         header.pop("__metadata__", None)
-        entries = [
-            (name, entry["dtype"], tuple(int(n) for n in entry["shape"]), *(int(n) for n in entry["data_offsets"]))
-            for name, entry in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = [(name, *_header_entry(name, entry)) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{damaged}: its header can't be read ({error}); fetch the file again.") from error
     start, tensors = 8 + length, {}
     for name, code, shape, begin, end in entries:
@@ -433,14 +430,27 @@ def read_safetensors(path: Path) -> Dict[str, StoredTensor]:
                 "quantised weights are not supported."
             )
         tensor = FileTensor(path, start + begin, _SAFETENSORS_DTYPES[code], shape)
-        if begin < 0 or min(shape, default=0) < 0 or end - begin != tensor.spec.nbytes:
+        if end - begin != tensor.spec.nbytes:
             raise UserError(f"{damaged}: {name} of shape {list(shape)} is given {end - begin} bytes; fetch it again.")
         if start + end > size:
             raise UserError(
                 f"{damaged}: it has {size} bytes and {name} reaches to {start + end}; the file is cut short, fetch it again."
             )
         tensors[name] = tensor
+    in_order = sorted((tensor for tensor in tensors.items() if tensor[1].size), key=lambda item: item[1].offset)
+    for (name, tensor), (following, after) in zip(in_order, in_order[1:]):
+        if tensor.offset + tensor.spec.nbytes > after.offset:
+            raise UserError(f"{damaged}: {name} and {following} lie on the same bytes; fetch the file again.")
     return tensors
+
+
+def _header_entry(name: str, entry: Any) -> Tuple[str, Tuple[int, ...], int, int]:
+    """dtype, shape, and where the bytes begin and end, of a tensor in a safetensors header."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    counts = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not isinstance(dtype, str) or not counts or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        raise ValueError(f"{name} is {str(entry):.80}, expected a dtype, a list of sizes and two offsets")
+    return dtype, tuple(shape), offsets[0], offsets[1]
 
 
 def open_tensor_file(path: Path) -> Dict[str, StoredTensor]:
@@ -476,6 +486,9 @@ def find_weights(folder: Path) -> List[Path]:
             raise UserError(f"{path} has no weight_map that names its shards; fetch the file again.")
         names = sorted(set(shards.values()))
         missing = [shard for shard in names if not (folder / os.path.basename(shard)).is_file()]
+        whole = folder / name[: -len(".index.json")]
+        if missing and whole.is_file():  # beside which an earlier save in shards has left its index
+            return [whole]
         if missing:
             raise UserError(
                 f"{folder} is half a checkpoint: {path.name} names {len(names)} shards and {len(missing)} of them "
@@ -526,8 +539,9 @@ def write_aside(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that takes its place when the block ends well, so that no half-written file stays."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        os.replace(aside, path)
+        with naming(path):
+            yield aside
+            os.replace(aside, path)
     finally:
         if aside.exists():
             aside.unlink()
