@@ -127,3 +127,15 @@ def test_bad_settings(folder):
         AutoProcessorMIX.from_pretrained(folder, train="train", eval="eval")
     with pytest.raises(TypeError, match="from_pretrained"):
         AutoModelMIX()
+
+
+def test_settings_that_a_processor_does_not_take(folder):
+    with pytest.raises(
+        UserError, match="AutoProcessorMIX can't honour bar, foo; it takes .*config, image_aspect_ratio"
+    ):
+        AutoProcessorMIX.from_pretrained(folder, foo=1, bar=2)
+    for length in (-5, 0, 2.5, "512", True):
+        with pytest.raises(UserError, match=f"^max_length is {length!r}; expected a whole number of at least 1"):
+            AutoProcessorMIX.from_pretrained(folder, max_length=length)
+        with pytest.raises(UserError, match=f"^model_max_length is {length!r}; expected a whole number of at least 1"):
+            AutoTokenizerMIX.from_pretrained(folder, model_max_length=length)

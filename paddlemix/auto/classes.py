@@ -1,6 +1,7 @@
 """Auto*MIX: one table from the ``model_type`` in config.json to a model's classes, which are imported when asked for."""
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Union
 
@@ -51,15 +52,20 @@ def _classes(folder: Path) -> ModelClasses:
     return MODELS[model_type]
 
 
+def _check_length(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UserError(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
 class _Auto:
     def __init__(self):
         raise TypeError(f"{type(self).__name__} makes no objects of its own; call its from_pretrained(folder_or_name).")
 
     @staticmethod
-    def _resolve(folder_or_name: Union[str, Path]) -> Path:
-        from paddlemix.models.llava.hub import resolve
+    def _resolve(folder_or_name: Union[str, Path], weights: bool = False) -> Path:
+        from paddlemix.models.llava.hub import resolve, resolve_small
 
-        return resolve(folder_or_name)
+        return resolve(folder_or_name) if weights else resolve_small(folder_or_name)
 
 
 class AutoConfigMIX(_Auto):
@@ -92,7 +98,7 @@ class AutoModelMIX(_Auto):
         Raises:
             UserError: an unknown name or ``model_type``, half a checkpoint, a tensor that doesn't fit.
         """
-        folder = cls._resolve(folder_or_name)
+        folder = cls._resolve(folder_or_name, weights=True)
         return _load(_classes(folder).model).from_pretrained(folder, config=config, dtype=dtype, **settings)
 
 
@@ -120,12 +126,22 @@ class AutoProcessorMIX(_Auto):
             settings: what the model's processor takes, for LLaVA ``config`` and ``image_aspect_ratio``.
 
         Raises:
-            UserError: an unknown name or ``model_type``, a missing or corrupt file, ``train`` and ``eval`` at once.
+            UserError: an unknown name or ``model_type``, a missing or corrupt file, ``train`` and ``eval`` at once, a
+                setting that the processor doesn't take.
         """
         if train and eval:
             raise UserError(f"train is {train!r} and eval is {eval!r}; expected one of them, or none.")
+        _check_length("max_length", max_length)
         folder = cls._resolve(folder_or_name)
-        processor = _load(_classes(folder).processor).from_pretrained(folder, **settings)
+        from_pretrained = _load(_classes(folder).processor).from_pretrained
+        takes = list(inspect.signature(from_pretrained).parameters)[1:]  # after the folder
+        unknown = sorted(set(settings) - set(takes))
+        if unknown:
+            raise UserError(
+                f"AutoProcessorMIX can't honour {', '.join(unknown)}; it takes text_model_name_or_path, train, eval, "
+                f"max_length, {', '.join(takes)}."
+            )
+        processor = from_pretrained(folder, **settings)
         if text_model_name_or_path is not None:
             processor.tokenizer = AutoTokenizerMIX.from_pretrained(text_model_name_or_path)
         if max_length is not None:
@@ -144,7 +160,7 @@ class AutoTokenizerMIX(_Auto):
             model_max_length: instead of what the tokenizer's files say.
 
         Raises:
-            UserError: an unknown name, no tokenizer in the folder, a setting that nothing here reads.
+            UserError: an unknown name, no tokenizer in the folder, a setting that nothing here reads, a length below 1.
         """
         from paddlemix.models.llava.checkpoint import processor_folder
         from paddlemix.processors.tokenizer import load_tokenizer
@@ -154,6 +170,7 @@ class AutoTokenizerMIX(_Auto):
                 f"AutoTokenizerMIX can't honour {', '.join(sorted(settings))}; it takes model_max_length. Other settings "
                 "are attributes of the tokenizer that it gives."
             )
+        _check_length("model_max_length", model_max_length)
         tokenizer = load_tokenizer(processor_folder(cls._resolve(folder_or_name)))
         if model_max_length is not None:
             tokenizer.model_max_length = model_max_length

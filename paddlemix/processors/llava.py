@@ -12,7 +12,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
-from paddlemix.models.llava.hub import TOKENIZER_FILES, has_tokenizer
+from paddlemix.models.llava.hub import TOKENIZER_FILES, has_tokenizer, resolve_small
 from paddlemix.processors.chat_template import FILE_NAME as CHAT_TEMPLATE_FILE
 from paddlemix.processors.chat_template import ChatTemplate, name_of, read_saved
 from paddlemix.processors.image_processing import LlavaImageProcessor, has_image_processor
@@ -109,7 +109,7 @@ class LlavaProcessor:
         """
         from paddlemix.models.llava import checkpoint
 
-        folder = checkpoint.resolve(folder_or_name)
+        folder = resolve_small(folder_or_name)
         config = checkpoint.read_config(folder, adapter) if config is None else config
         if image_aspect_ratio not in (None, config.image_aspect_ratio):
             config = deepcopy(config)

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paddlemix.auto import AutoConfigMIX, AutoProcessorMIX, AutoTokenizerMIX
 from paddlemix.errors import UserError
 from paddlemix.models.llava import checkpoint, hub
+from paddlemix.models.llava.configuration import LlavaConfig
 from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
 from paddlemix.processors.llava import LlavaProcessor
 from tests.checkpoints import write_clip, write_hugging_face, write_json, write_original, write_toolkit
@@ -302,6 +304,42 @@ def test_small_files_alone(stores):
     assert not [file for file in stores.downloads() if file.startswith("model")]
     for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
         opens(name)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        *(AutoConfigMIX, AutoTokenizerMIX, AutoProcessorMIX),
+        *(LlavaConfig, LlavaProcessor),
+    ],
+)
+def test_config_tokenizer_and_processor_need_no_weights(stores, opened):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b")
+    write_hugging_face(stores.hugging_face / "llava-hf/tiny")
+    for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
+        assert opened.from_pretrained(name) is not None
+    assert not [file for file in stores.downloads() if file.startswith("model")]
+    for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
+        opens(name)
+
+
+def test_weights_that_alone_tell_the_config_are_fetched_for_it(stores):
+    tied = write_hugging_face(stores.hugging_face / "llava-hf/tied")
+    config = json.loads((tied / "config.json").read_text())
+    write_json(tied / "config.json", {**config, "tie_word_embeddings": True})  # but there is a head
+    assert AutoConfigMIX.from_pretrained("llava-hf/tied").tie_word_embeddings is False
+    named = write_original(stores.hugging_face / "org/named", mm_vision_tower="org/tower-nobody-knows")
+    config = json.loads((named / "config.json").read_text())
+    vision = config.pop("vision_config")
+    write_json(named / "config.json", config)
+    with pytest.raises(UserError, match=f"how many heads its vision tower of width {vision['hidden_size']} has"):
+        AutoConfigMIX.from_pretrained("org/named")
+
+
+def test_an_index_that_was_left_beside_whole_weights(stores):
+    folder = write_hugging_face(stores.hugging_face / "llava-hf/tiny")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    opens("llava-hf/tiny")
 
 
 def test_an_endpoint_may_end_with_a_slash(stores, monkeypatch):

@@ -6,19 +6,21 @@ the template that the weights were trained with. Hugging Face's nested layout is
 """
 
 import ast
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, Iterable, List, Optional
 
 from paddlemix.errors import UserError
 from paddlemix.lazy_paddlenlp import PretrainedConfig
 
-__all__ = ["CLIPVisionConfig", "LlavaConfig"]
+__all__ = ["CLIPVisionConfig", "LlavaConfig", "TOKEN_IDS", "are_token_ids"]
 
 SELECT_FEATURES = ("patch", "cls_patch")
 PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 ASPECT_RATIOS = ("square", "pad", "anyres")
 VISION_ACTIVATIONS = ("quick_gelu", "gelu")
 ROPE_TYPES = ("linear", "dynamic")
+TOKEN_IDS = "the number of a token, a list of such, or null"
 DECODER_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -30,6 +32,18 @@ def _check_sizes(config: Any, names: Iterable[str], prefix: str = "") -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{prefix}{name} is {value!r}; expected a whole number of at least 1.")
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < 0 or (positive and value == 0):
+        raise UserError(f"{name} is {value!r}; expected a number {'above 0' if positive else 'of at least 0'}.")
+
+
+def are_token_ids(value: Any) -> bool:
+    """Whether it is what ``eos_token_id`` may be: ``TOKEN_IDS``."""
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return all(isinstance(index, int) and not isinstance(index, bool) for index in ids)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class CLIPVisionConfig:
 
     def __post_init__(self):
         _check_sizes(self, [field.name for field in fields(self) if field.type in (int, "int")], "vision_config.")
+        _check_number("vision_config.layer_norm_eps", self.layer_norm_eps)
         if self.hidden_act not in VISION_ACTIVATIONS:
             raise UserError(
                 f"vision_config.hidden_act is {self.hidden_act!r}; expected one of {', '.join(VISION_ACTIVATIONS)}."
@@ -196,8 +211,9 @@ class LlavaConfig(PretrainedConfig):
             overrides: keys with other values than the checkpoint's.
         """
         from paddlemix.models.llava import checkpoint
+        from paddlemix.models.llava.hub import resolve_small
 
-        config = checkpoint.read_config(checkpoint.resolve(pretrained_model_name_or_path))
+        config = checkpoint.read_config(resolve_small(pretrained_model_name_or_path))
         for key, value in overrides.items():
             if not hasattr(config, key):
                 raise UserError(
@@ -217,6 +233,19 @@ class LlavaConfig(PretrainedConfig):
         from paddlemix.models.llava.conversation import conv_templates
 
         _check_sizes(self, DECODER_SIZES)
+        _check_number("rope_theta", self.rope_theta, positive=True)
+        _check_number("rms_norm_eps", self.rms_norm_eps)
+        _check_number("initializer_range", self.initializer_range)
+        if not are_token_ids(self.eos_token_id):
+            raise UserError(f"eos_token_id is {self.eos_token_id!r}; expected {TOKEN_IDS}.")
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) or not are_token_ids(value):
+                raise UserError(f"{name} is {value!r}; expected the number of a token, or null.")
+        if not isinstance(self.mm_vision_select_layer, int):
+            raise UserError(
+                f"mm_vision_select_layer is {self.mm_vision_select_layer!r}; expected the number of a layer."
+            )
         one_of("mm_vision_select_feature", SELECT_FEATURES)
         one_of("mm_patch_merge_type", PATCH_MERGE_TYPES)
         one_of("image_aspect_ratio", ASPECT_RATIOS)

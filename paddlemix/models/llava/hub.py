@@ -17,7 +17,7 @@ from paddlemix.errors import UNWRITABLE, UserError
 from paddlemix.models.llava.adapter_files import ADAPTER_FILES, config_of
 from paddlemix.models.llava.tensor_files import WEIGHT_FILES, find_weights, read_json, write_json
 
-__all__ = ["DEFAULT_MODEL", "cache_home", "resolve", "resolve_tower"]
+__all__ = ["DEFAULT_MODEL", "cache_home", "resolve", "resolve_small", "resolve_tower"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,28 @@ def resolve(name_or_folder: Union[str, Path], weights: bool = True) -> Path:
     if name.startswith("paddlemix/"):
         return _from_paddle(_paddle_names(name), weights)
     return _from_hugging_face(name, weights)
+
+
+def resolve_small(name_or_folder: Union[str, Path]) -> Path:
+    """The folder of a checkpoint whose config, tokenizer or image processor is wanted: weights are fetched only where those
+    can't be read without them.
+
+    Raises:
+        UserError: as :func:`resolve`.
+    """
+    folder = resolve(name_or_folder, weights=False)
+    return resolve(name_or_folder) if config_of(folder) is not None or _needs_weights(folder) else folder
+
+
+def _needs_weights(folder: Path) -> bool:
+    """Whether only the weights say how large the model's vision tower is, what its pictures are, or whether it has a head."""
+    from paddlemix.models.llava.published_configs import KNOWN_TOWERS
+
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    tower, text = config.get("mm_vision_tower"), config.get("text_config")
+    if tower and tower not in KNOWN_TOWERS:
+        return not (config.get("vision_config") and (folder / "preprocessor_config.json").is_file())
+    return isinstance(text, dict) and bool(config.get("tie_word_embeddings")) and "tie_word_embeddings" not in text
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -413,8 +435,9 @@ def _needed(published: Iterable[str], weights: bool) -> List[str]:
         ("model_state.pdparams", r"model_state-\d+-of-\d+\.pdparams"),
         ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin"),
     ):
-        if f"{stem}.index.json" in names:
-            return [*files, f"{stem}.index.json", *sorted(name for name in names if re.fullmatch(shard, name))]
+        shards = sorted(name for name in names if re.fullmatch(shard, name))
+        if f"{stem}.index.json" in names and (shards or stem not in names):
+            return [*files, f"{stem}.index.json", *shards]
         if stem in names:
             return [*files, stem]
     return [*files, *(name for name in ADAPTER_FILES if name in names)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.configuration import LlavaConfig
+from paddlemix.models.llava.configuration import TOKEN_IDS, LlavaConfig, are_token_ids
 from paddlemix.models.llava.layouts import TOWER
 from paddlemix.models.llava.tensor_files import read_json
 
@@ -21,8 +21,10 @@ __all__ = [
     "conversation_template",
     "infer_clip_sizes",
     "kind_of",
+    "processor_template",
     "read_flat",
     "read_nested",
+    "tokenizer_template",
     "write_flat",
     "write_nested",
 ]
@@ -373,7 +375,10 @@ def infer_clip_sizes(
 def end_tokens(folder: Path) -> Any:
     """``eos_token_id`` of generation_config.json, which may list several; None if the folder has no such file."""
     path = folder / "generation_config.json"
-    return read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    if not are_token_ids(ends):
+        raise UserError(f"{path} has eos_token_id {ends!r}; expected {TOKEN_IDS}.")
+    return ends
 
 
 def pads_pictures(folder: Path) -> bool:
@@ -396,7 +401,7 @@ def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
     if raw.get("conversation_template"):
         return str(raw["conversation_template"])
     mistral = _is_mistral(raw) or _is_mistral(raw.get("text_config") or {})
-    jinja = _processor_template(folder) if "text_config" in raw else ""
+    jinja = processor_template(folder) if "text_config" in raw else ""
     if jinja:
         # the published template of LLaVA-1.6 on Mistral writes system texts as LLaMA-2 does
         instructions = "llava_llama_2" if "<<SYS>>" in jinja and not mistral else "mistral_instruct"
@@ -413,7 +418,7 @@ def conversation_template(raw: Mapping[str, Any], folder: Path) -> str:
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"):
         path = folder / name
         if path.is_file() and '"<|im_start|>"' in path.read_text(encoding="utf-8", errors="replace"):
-            return chatml_template(_chat_template(folder))
+            return chatml_template(tokenizer_template(folder))
     return "vicuna_v1"
 
 
@@ -422,13 +427,14 @@ def chatml_template(chat_template: str) -> str:
     return "smollm2" if "named SmolLM, trained by Hugging Face" in chat_template else "chatml_direct"
 
 
-def _chat_template(folder: Path) -> str:
+def tokenizer_template(folder: Path) -> str:
+    """The Jinja template in tokenizer_config.json; empty where there is none."""
     path = folder / "tokenizer_config.json"
     value = read_json(path).get("chat_template") if path.is_file() else None
     return value if isinstance(value, str) else ""
 
 
-def _processor_template(folder: Path) -> str:
+def processor_template(folder: Path) -> str:
     """The Jinja template that Hugging Face's processor in the folder writes prompts by; empty where there is none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
