@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.conversation import check_messages, conv_templates
+from paddlemix.models.llava.conversation import Template, check_messages, conv_templates
 
-__all__ = ["FILE_NAME", "ChatTemplate", "load_chat_template", "name_of", "read_saved"]
+__all__ = ["FILE_NAME", "ChatTemplate", "hugging_face_jinja", "load_chat_template", "name_of", "read_saved"]
 
 logger = logging.getLogger("paddlemix.processors.chat_template")
 
@@ -211,7 +211,7 @@ def read_saved(folder: Union[str, Path]) -> Optional[ChatTemplate]:
     path = Path(folder) / FILE_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return ChatTemplate(values, str(path)) if isinstance(values, dict) and "conversation" in values else None
 
@@ -232,3 +232,48 @@ def load_chat_template(path: Union[str, Path]) -> ChatTemplate:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
     return ChatTemplate(values, str(path))
+
+
+# a message's text; Hugging Face's is a list of parts, of which each picture is written before the words
+_WORDS = (
+    "{%- macro words(message) %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{% endmacro -%}"
+)
+
+
+def hugging_face_jinja(template: Template) -> str:
+    """The template in the form that transformers' processors keep in ``chat_template.jinja``; empty for one that is not for
+    conversations (``plain``), or that marks pictures.
+
+    A system message may stand first, and has the place of the template's own.
+    """
+    if template.captions_only or template.image_marks != ("", ""):
+        return ""
+
+    def text(value: str) -> str:
+        return "{{ " + json.dumps(value, ensure_ascii=False) + " }}" if value else ""
+
+    def turn(role: Any) -> str:
+        written = f"{text(role.before)}{{{{ words(message) }}}}{text(role.after)}"
+        if not template.empty_is_open:
+            return written
+        return f"{{% if words(message) %}}{written}{{% else %}}{text(role.opening)}{{% endif %}}"
+
+    system = f"{text(template.system_before)}{{{{ ns.system }}}}{text(template.system_after)}"
+    if template.system_in_user:
+        first = f"{text(template.first_before)}{{% if ns.system %}}{system}{{% endif %}}"
+        asked = f"{first}{{{{ words(message) }}}}{text(template.user.after)}"
+        beginning, user = "", f"{{% if loop.first %}}{asked}{{% else %}}{turn(template.user)}{{% endif %}}"
+    else:
+        own = template.system_before + template.system + template.system_after
+        beginning, user = system + text(template.render([])[len(own) :]), turn(template.user)  # and its examples
+    return (
+        f"{_WORDS}{{% set ns = namespace(system={json.dumps(template.system, ensure_ascii=False)}, said=messages) %}}"
+        "{% if messages and messages[0]['role'] == 'system' %}"
+        "{% set ns.system = words(messages[0]) %}{% set ns.said = messages[1:] %}{% endif %}"
+        f"{beginning}{{% for message in ns.said %}}{{% if message['role'] == 'user' %}}{user}"
+        f"{{% else %}}{turn(template.assistant)}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{text(template.assistant.opening)}{{% endif %}}"
+    )

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -95,27 +96,46 @@ def convert(
     # an empty folder that is there may be a disk of its own, or all that the user may write to
     empty = output.is_dir() and not any(output.iterdir())
     aside = output if empty else output.parent
+    made = [path for path in (aside, *aside.parents) if not path.exists()]
     aside.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(aside).free
-    if plan.nbytes > free:
-        raise UserError(f"{aside} has {free / 1e9:.1f} GB free, but the weights take {plan.nbytes / 1e9:.1f} GB.")
     partial = aside / f".{output.name}.{os.getpid()}.partial"
-    partial.mkdir()
     try:
+        free = shutil.disk_usage(aside).free
+        if plan.nbytes > free:
+            raise UserError(f"{aside} has {size_text(free)} free, but the weights take {size_text(plan.nbytes)}.")
+        partial.mkdir()
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None, desc=f"writing {layout}") as bar:
             plan.write(partial, max_shard_bytes, bar.update)
         processor.save_pretrained(partial)
         if image_token is not None:
             add_tokens(partial, {IMAGE_TOKEN: image_token.image, PAD_TOKEN: image_token.pad})
             write_processor_config(partial, plan.config)
+            jinja = chat_jinja(checkpoint.processor_folder(source), plan.config.conversation_template)
+            if jinja:
+                (partial / "chat_template.jinja").write_text(jinja, encoding="utf-8")
         if empty:  # config.json makes it a checkpoint, and comes last
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 os.rename(path, output / path.name)
         else:
             replace(partial, output)
+    except OSError as error:
+        if error.filename is None or partial in Path(os.fspath(error.filename)).parents:
+            raise UserError(f"{output} can't be written: {error.strerror or error}.") from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
     return output
+
+
+def size_text(nbytes: int) -> str:
+    """
+    >>> size_text(2_440_000_000), size_text(71_300_000)
+    ('2.4 GB', '71 MB')
+    """
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def remove_left_over(output: Path) -> None:
@@ -212,6 +232,17 @@ def add_tokens(folder: Path, tokens: Dict[str, int]) -> None:
     path = folder / "added_tokens.json"
     if path.is_file():
         write_json(path, {**read_json(path), **tokens})
+
+
+def chat_jinja(source: Path, template: str) -> str:
+    """The chat template for transformers' processor: what ``source`` has, else the named template; empty if neither is one."""
+    from paddlemix.models.llava import published_configs
+    from paddlemix.models.llava.conversation import get_template
+    from paddlemix.processors.chat_template import hugging_face_jinja
+
+    of_tokenizer = published_configs.tokenizer_template(source)
+    own = published_configs.processor_template(source) or (of_tokenizer if "image" in of_tokenizer else "")
+    return own or hugging_face_jinja(get_template(template))
 
 
 def write_processor_config(folder: Path, config: Any) -> None:

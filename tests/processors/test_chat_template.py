@@ -6,7 +6,8 @@ import pytest
 from paddlenlp.transformers.tokenizer_utils import ChatTemplate as PaddleNLPTemplate
 
 from paddlemix.errors import UserError
-from paddlemix.processors.chat_template import ChatTemplate, load_chat_template
+from paddlemix.models.llava.conversation import conv_templates
+from paddlemix.processors.chat_template import ChatTemplate, hugging_face_jinja, load_chat_template
 
 CHATML = {
     "system": "You are a helpful assistant.",
@@ -130,3 +131,27 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
     assert load_chat_template(path) == ChatTemplate(CHATML)
     with pytest.raises(UserError, match="can't be read"):
         load_chat_template(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("system", [None, 'Be "brief".\n', ""])
+@pytest.mark.parametrize("name", [name for name, template in conv_templates.items() if hugging_face_jinja(template)])
+def test_hugging_faces_form_renders_as_the_named_template(name, system):
+    """In the environment of transformers' render_jinja_template; messages as texts, and as parts with a picture."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    written = hugging_face_jinja(conv_templates[name])
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(written)
+    said = [("user", "<image>\nWhat 'is' it? "), ("assistant", "A {{ cat }}.\n"), ("user", "Why?"), ("assistant", "")]
+    for count in range(1, 5):
+        texts = [] if system is None else [{"role": "system", "content": system}]
+        texts += [{"role": role, "content": content} for role, content in said[:count]]
+        parts = [{**message, "content": parts_of(message["content"])} for message in texts]
+        for asks in (False, True):
+            expected = conv_templates[name].render(texts, asks)
+            assert jinja.render(messages=texts, add_generation_prompt=asks) == expected
+            assert jinja.render(messages=parts, add_generation_prompt=asks) == expected
+
+
+def parts_of(content):
+    words = content.removeprefix("<image>\n")
+    return [{"type": "text", "text": words}, *([{"type": "image"}] if words != content else [])]

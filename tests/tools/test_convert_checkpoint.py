@@ -6,6 +6,7 @@ make_parity_golden.py; here it is held against the names, shapes and settings th
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -326,12 +327,13 @@ def test_what_is_not_there_or_cannot_be_said(sources, tmp_path, capsys):
 
 def test_a_disk_that_is_full_leaves_nothing_behind(sources, tmp_path):
     """Files are limited to 1 MB, so the weights can't be written; run by its path, as from a clone."""
+    output = tmp_path / "new" / "out"
     script = Path(paddlemix.__file__).parent / "tools/convert_checkpoint.py"
     arguments = [
         "--model_name_or_path",
         sources["original", "llava"],
         "--output_dir",
-        tmp_path / "out",
+        output,
         "--layout",
         "toolkit",
     ]
@@ -342,7 +344,15 @@ def test_a_disk_that_is_full_leaves_nothing_behind(sources, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert "can't be written: File too large" in failed.stderr.strip().splitlines()[-1]
+    assert failed.stderr.strip().splitlines()[-1] == f"error: {output} can't be written: File too large."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_told_before_anything_is_written(sources, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = refused(capsys, sources["toolkit", "llava"], tmp_path / "new" / "out", "original")
+    assert re.search(r"has 3 MB free, but the weights take \d+ MB", message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -383,6 +393,50 @@ def test_the_template_beside_a_checkpoint_goes_with_it(tmp_path, sources, caplog
         assert run(source, tmp_path / "huggingface", "huggingface") == 0
     assert "has no place in the layout huggingface" in caplog.text
     assert not (tmp_path / "huggingface" / "chat_template.json").exists()
+
+
+def test_hugging_faces_processor_gets_a_chat_template(tmp_path, sources):
+    """The source's own where it has one, in whatever file; else the named template in Jinja."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    jinja, out = "{% for m in messages %}{{ m['role'] }}<image>{% endfor %}ASSISTANT:", tmp_path / "out"
+
+    def written(source):
+        assert run(source, out, "huggingface", "--overwrite") == 0
+        return (out / "chat_template.jinja").read_text(encoding="utf-8")
+
+    for name, wrapped in (
+        ("chat_template.jinja", False),
+        ("chat_template.json", True),
+        ("processor_config.json", True),
+        ("tokenizer_config.json", True),
+    ):
+        source = shutil.copytree(sources["huggingface", "llava"], tmp_path / name)
+        if not wrapped:
+            (source / name).write_text(jinja)
+        else:
+            old = json.loads((source / name).read_text()) if (source / name).exists() else {}
+            write_json(source / name, {**old, "chat_template": jinja})
+        assert written(source) == jinja
+    template = ImmutableSandboxedEnvironment().from_string(written(sources["toolkit", "llava_next"]))
+    processor = LlavaProcessor.from_pretrained(sources["toolkit", "llava_next"])
+    messages = [{"role": "user", "content": "<image>\nWhat is it?"}]
+    expected = processor.template.render(messages, add_generation_prompt=True)
+    assert template.render(messages=messages, add_generation_prompt=True) == expected
+
+
+def test_rounding_of_two_dtypes_is_told(tmp_path, sources, caplog):
+    mixed = shutil.copytree(sources["huggingface", "llava"], tmp_path / "mixed")
+    tensors = load_file(mixed / "model.safetensors")
+    tensors = {name: v.astype(np.float16) if name.startswith("language") else v for name, v in tensors.items()}
+    save_file(tensors, mixed / "model.safetensors")
+    with caplog.at_level("WARNING", logger="paddlemix"):
+        assert run(sources["huggingface", "llava"], tmp_path / "one", "toolkit") == 0
+        assert run(mixed, tmp_path / "asked", "toolkit", "--dtype", "float16") == 0
+        assert "rounded" not in caplog.text
+        assert run(mixed, tmp_path / "not_asked", "toolkit") == 0
+    told = f"Most of {mixed} is float16 and some of it float32, which is rounded to float16; --dtype names another."
+    assert [record.getMessage() for record in caplog.records if "rounded" in record.getMessage()] == [told]
 
 
 def test_what_hugging_faces_layout_cannot_say_is_refused_and_a_window_is_kept(tmp_path, capsys):

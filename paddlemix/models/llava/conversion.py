@@ -1,5 +1,6 @@
 """Weights and config of a checkpoint from one published layout to another, tensor by tensor."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional
@@ -24,6 +25,8 @@ from paddlemix.models.llava.tensor_files import (
 from paddlemix.models.llava.vision_tower import num_tower_layers
 
 __all__ = ["ImageToken", "Plan", "open_plan"]
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDINGS = "llama.embed_tokens.weight"
 _VOCABULARY_MULTIPLE = 64  # to which transformers' converter of LLaVA rounds the vocabulary up
@@ -194,7 +197,7 @@ def open_plan(
     """Opens a checkpoint of any layout, holds it against its config, and plans how to write it.
 
     Args:
-        dtype: of the weights; None keeps the one that most of them have.
+        dtype: of the weights; None keeps the one that most of them have, with a warning where that rounds others.
 
     An adapter is merged into its base, in memory.
 
@@ -219,4 +222,13 @@ def open_plan(
         checkpoint.check(shapes, sources, unknown, config, folder)
         if layouts.NEWLINE not in parameters:
             sources.pop(layouts.NEWLINE, None)
-    return Plan(config, sources, layout, dtype or checkpoint.stored_dtype(folder), image_token)
+    if dtype is None:
+        dtype = checkpoint.stored_dtype(folder)
+        exact = {dtype, "float16", "bfloat16"} if dtype == "float32" else {dtype}
+        rounded = sorted({source.tensor.dtype for source in sources.values()} - exact)
+        if rounded and base is None:
+            logger.warning(
+                "Most of %s is %s and some of it %s, which is rounded to %s; --dtype names another.",
+                *(folder, dtype, " and ".join(rounded), dtype),
+            )
+    return Plan(config, sources, layout, dtype, image_token)
