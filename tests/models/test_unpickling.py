@@ -309,3 +309,21 @@ def test_tensors_that_reach_past_their_storage_are_refused(tmp_path):
             read_pickled_tensors(write(tensor(offset, shape, strides)))
     with pytest.raises(UserError, match="storage 0 is cut short"):
         read_pickled_tensors(write(tensor(0, (4,), (1,)), numbers=3))
+
+
+@pytest.mark.parametrize("bit", ["neg", "conj"])
+def test_a_tensor_whose_numbers_are_to_be_changed_is_refused(tmp_path, bit):
+    """torch.save writes a lazily negated view as its base's numbers and a mark beside the tensor."""
+    storage = b"((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI2\ntQ"
+
+    def write(set_):
+        marks = f"}}V{bit}\nI0{set_}\ns".encode()
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"I0\n(I2\nt(I1\ntI00\n}" + marks + b"tR"
+        with zipfile.ZipFile(tmp_path / "w.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", b"}Vw\n" + tensor + b"s.")
+            archive.writestr("archive/data/0", struct.pack("<2f", 1, 2))
+        return tmp_path / "w.bin"
+
+    np.testing.assert_array_equal(read_pickled_tensors(write(0))["w"].read(), [1, 2])
+    with pytest.raises(UserError, match=rf"PyTorch's {bit} bit.*; save what its resolve_{bit}\(\) gives"):
+        read_pickled_tensors(write(1))

@@ -328,7 +328,11 @@ def check(
             hint = " (the projector: fine-tuning makes a new one with tune_mm_mlp_adapter, or reads pretrain_mm_mlp_adapter)"
         problems.append(f"lacks {len(missing)} tensor(s) that its config.json needs: {_some(missing)}{hint}")
     if unexpected:
-        problems.append(f"has {len(unexpected)} tensor(s) that its config.json has no place for: {_some(unexpected)}")
+        towerless = config.vision is None and any(name.startswith(layouts.PROJECTOR) for name in sources)
+        hint = " (mm_vision_tower is missing there, which names the vision tower)" if towerless else ""
+        problems.append(
+            f"has {len(unexpected)} tensor(s) that its config.json has no place for: {_some(unexpected)}{hint}"
+        )
     wrong = [name for name in expected if name in sources and tuple(sources[name].shape) != tuple(expected[name])]
     if wrong:
         each = [

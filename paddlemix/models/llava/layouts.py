@@ -189,6 +189,9 @@ def name_beside(name: str, published: Mapping[str, str]) -> str:
     >>> name_beside("llama.norm.weight", {"llama.embed_tokens.weight": "model.embed_tokens.weight"})
     'model.norm.weight'
     """
+    if name == NEWLINE:  # lies beside the projector in every layout
+        stems = (re.match(r"(.*?)(?:mm|multi_modal)_projector\.", theirs) for theirs in published.values())
+        return next((f"{stem[1]}image_newline" for stem in stems if stem), name)
     parts = (TOWER, PROJECTOR, DECODER)
     part = next((part for part in parts if name.startswith(part)), None)
     for ours, theirs in published.items() if part else ():

@@ -68,6 +68,10 @@ class _Refused(Exception):
     """The file asks for something that is neither a tensor nor a plain container."""
 
 
+class _Unresolved(Exception):
+    """A tensor whose stored numbers PyTorch would change as it reads them: its neg or conj bit is set."""
+
+
 @dataclass(frozen=True)
 class _Name:
     """What an import opcode leaves on the stack; it can't do anything."""
@@ -182,9 +186,13 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
     return values[0].item()
 
 
-def _torch_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> _TorchTensor:
+def _torch_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _TorchTensor:
     if not isinstance(storage, _Storage):
         raise _Refused("a tensor without a storage")
+    marks = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}  # beside requires_grad and hooks
+    for bit in ("neg", "conj"):
+        if marks.get(bit):
+            raise _Unresolved(bit)
     shape, strides = _integers(shape), _integers(strides)
     if not isinstance(offset, int) or not check_strides(shape, strides, offset, storage.size):
         raise _Damaged(f"a tensor of shape {list(shape)} that its storage of {storage.size} numbers can't hold")
@@ -593,6 +601,11 @@ def read_pickle(path: Path) -> Any:
             return _read_torch_legacy(path)
         with open(path, "rb") as file:
             return _with_tensors(_Interpreter(file, path).run())
+    except _Unresolved as error:
+        raise UserError(
+            f"{path} holds a tensor with PyTorch's {error} bit, which is no plain copy of its numbers; save what its "
+            f"resolve_{error}() gives."
+        ) from error
     except _Refused as refused:
         raise UserError(
             f"{path} asks for {refused}, which is neither a tensor nor a plain container; it was refused and nothing "
