@@ -277,16 +277,6 @@ def beyond_positions(found: SplitReport, config: Any) -> Optional[str]:
     )
 
 
-def needs_weights(folder: Path) -> bool:
-    """Whether only the weights say how large the model's vision tower is."""
-    from paddlemix.models.llava.published_configs import KNOWN_TOWERS
-    from paddlemix.models.llava.tensor_files import read_json
-
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    tower = config.get("mm_vision_tower")
-    return bool(tower) and not config.get("vision_config") and tower not in KNOWN_TOWERS
-
-
 def less_than_a_step(samples: int, settings: Dict[str, Any]) -> Optional[str]:
     """Says so if so many samples give one process nothing to do; training refuses it."""
     from paddlemix.tools.supervised_finetune import check_batch
@@ -315,7 +305,7 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
     from paddlemix.datasets.files import Problem, parse_dataset_key
     from paddlemix.datasets.supervised import RowTable
     from paddlemix.models.llava.conversation import get_template
-    from paddlemix.models.llava.hub import resolve
+    from paddlemix.models.llava.hub import resolve, resolve_small
     from paddlemix.processors.llava import LlavaProcessor
     from paddlemix.processors.tokenizer import load_tokenizer
     from paddlemix.tools.supervised_finetune import check_vocabulary, record_template
@@ -326,9 +316,7 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
         print(f"problem: {problem}")
     if wrong and not any(entries.values()):
         return False  # before a model is fetched
-    folder = resolve(settings["model_name_or_path"], weights=False)
-    if needs_weights(folder):
-        folder = resolve(settings["model_name_or_path"])
+    folder = resolve_small(settings["model_name_or_path"])
     adapter = resolve(settings["lora_path"], weights=False) if settings.get("lora_path") else None
     ratio = settings.get("image_aspect_ratio")
     processor = LlavaProcessor.from_pretrained(folder, image_aspect_ratio=ratio, adapter=adapter)

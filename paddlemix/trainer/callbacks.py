@@ -14,6 +14,8 @@ from typing import Any, Dict, List, Optional
 from paddlenlp.trainer import TrainerCallback
 from tqdm.auto import tqdm
 
+from paddlemix.errors import naming
+
 __all__ = ["LogFileCallback", "MetricsFileCallback", "ProgressCallback", "StopCallback", "read_log", "plot_loss"]
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,8 @@ class LogFileCallback(TrainerCallback):
             return
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         entry.update({k: v for k, v in logs.items() if k not in ("global_step", "progress_or_epoch")})
-        with open(Path(args.output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
+        log = Path(args.output_dir) / LOG_FILE
+        with naming(log), open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -101,7 +104,7 @@ class MetricsFileCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_local_process_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8") as file:
+            with naming(self.file), open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(logs, default=str) + "\n")
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, naming
 
 __all__ = [
     "MARKER",
@@ -430,14 +430,16 @@ def write_aside(folder: Path) -> Iterator[Path]:
     the place of all that were there, in whatever files: an index of shards would be read before them. So does an adapter, and
     a tokenizer of others.
 
-    An error leaves ``folder`` as it was.
+    An error leaves ``folder`` as it was, or not there.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{PARTIAL}files"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with naming(folder):
+            yield partial
         from paddlemix.processors.llava import replaced_files
 
         names = sorted(path.name for path in partial.iterdir())
@@ -453,13 +455,15 @@ def write_aside(folder: Path) -> Iterator[Path]:
         _sync_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with naming(path), open(partial, "w", encoding="utf-8") as file:
             json.dump(value, file, ensure_ascii=False, indent=2)
             file.write("\n")
             file.flush()

@@ -192,7 +192,10 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(room, tmp_path, monk
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_model", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         run(folder, output)
     assert [path.name for path in output.iterdir()] == ["model.safetensors"]
-    assert (output / "model.safetensors").read_text() == "old"
+    assert (output / "model.safetensors").read_text() == "old" and caught.value.filename == str(output)
+    with pytest.raises(OSError):
+        run(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
