@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Un
 import numpy as np
 from PIL import Image
 
-from paddlemix.errors import UserError, naming
+from paddlemix.errors import UserError, folder_to_write, naming
 from paddlemix.models.llava.anyres import select_best_resolution
 from paddlemix.processors.images import MAX_PIXELS, image_list, load_image
 
@@ -175,9 +175,7 @@ class LlavaImageProcessor:
             values["do_pad"] = True
         if self.image_grid_pinpoints:
             values["image_grid_pinpoints"] = [[height, width] for width, height in self.image_grid_pinpoints]
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE_NAME
+        path = folder_to_write(folder) / FILE_NAME
         with naming(path):
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Collection, Dict, Iterable, List, Mapping
 
 import numpy as np
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, folder_to_write, refuse_unbuilt
 from paddlemix.models.llava.anyres import num_image_features
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import Template, get_template
@@ -16,7 +16,7 @@ from paddlemix.models.llava.hub import TOKENIZER_FILES, has_tokenizer, resolve_s
 from paddlemix.processors.chat_template import FILE_NAME as CHAT_TEMPLATE_FILE
 from paddlemix.processors.chat_template import ChatTemplate, name_of, read_saved
 from paddlemix.processors.image_processing import LlavaImageProcessor, has_image_processor
-from paddlemix.processors.images import image_digest, load_image
+from paddlemix.processors.images import image_digest, image_list, load_image
 from paddlemix.processors.labels import (
     TokenLabels,
     cut_at,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # the config brings PaddleNLP with it
 __all__ = ["LlavaProcessor"]
 
 logger = logging.getLogger("paddlemix.processors.llava")
+
+_ASKS_FOR_NOTHING = {"truncation": (False, "do_not_truncate"), "add_special_tokens": (True,)}
 
 Size = Tuple[int, int]
 Span = Tuple[int, int]
@@ -94,6 +96,7 @@ class LlavaProcessor:
         config: Optional["LlavaConfig"] = None,
         image_aspect_ratio: Optional[str] = None,
         adapter: Optional[Path] = None,
+        **asked,
     ) -> "LlavaProcessor":
         """Opens the tokenizer and the image processor of a checkpoint.
 
@@ -103,10 +106,13 @@ class LlavaProcessor:
             image_aspect_ratio: instead of the checkpoint's own.
             adapter: folder of a LoRA adapter that goes over the checkpoint. What it holds of config, tokenizer, chat
                 template and image processor is what it was trained with, and used instead.
+            asked: ``use_fast``, as Hugging Face's callers write it, has nothing to choose between.
 
         Raises:
             UserError: an unknown name, a missing or corrupt file.
         """
+        takes = "it takes config, image_aspect_ratio and adapter."
+        refuse_unbuilt("LlavaProcessor.from_pretrained()", asked, {"use_fast": (True, False)}, takes)
         from paddlemix.models.llava import checkpoint
 
         folder = resolve_small(folder_or_name)
@@ -139,8 +145,7 @@ class LlavaProcessor:
 
         What an earlier tokenizer or chat template left there goes, since it would be read instead.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_to_write(folder)
         self.tokenizer.save_pretrained(folder)
         if read_saved(folder) is not None:
             (folder / CHAT_TEMPLATE_FILE).unlink()
@@ -176,7 +181,13 @@ class LlavaProcessor:
     # ---- prompts ----
 
     def __call__(
-        self, text: Union[str, Sequence[str]], images: Any = None, *, return_tensors: str = "pd", padding: Any = True
+        self,
+        text: Union[str, Sequence[str]],
+        images: Any = None,
+        *,
+        return_tensors: str = "pd",
+        padding: Any = True,
+        **asked,
     ) -> Dict[str, Any]:
         """A batch for ``model(**batch)`` and ``model.generate(**batch)``.
 
@@ -185,6 +196,7 @@ class LlavaProcessor:
             images: the pictures (path, URL, PIL image, array): one, a list, or a list with a list (or a picture, or
                 None) for each prompt. A flat list is dealt out by the number of ``<image>`` in each prompt.
             return_tensors, padding: as PaddleNLP's and Hugging Face's callers write them; ``pd`` and true alone.
+            asked: ``truncation`` (false) and ``add_special_tokens`` (true), likewise.
 
         Returns:
             Paddle tensors ``input_ids`` and ``attention_mask`` [B, T] int64, shorter rows padded on the left; each
@@ -194,10 +206,11 @@ class LlavaProcessor:
 
         Raises:
             ImageCountError: another number of ``<image>`` than of pictures.
-            UserError: a picture that can't be opened.
+            UserError: a picture that can't be opened or is too thin, or a prompt without tokens.
         """
         import paddle
 
+        refuse_unbuilt("The processor", asked, _ASKS_FOR_NOTHING, "a prompt comes whole, as the model was trained.")
         for name, given, allowed in (
             ("return_tensors", return_tensors, ("pd",)),
             ("padding", padding, (True, "longest")),
@@ -209,8 +222,12 @@ class LlavaProcessor:
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise UserError("The processor got no prompt; expected a text or a list of texts.")
-        pictures = [[self.load_image(image) for image in row] for row in _deal_out(prompts, images)]
+        dealt = _deal_out(prompts, images)
+        pictures = [[self.load_image(image) for image in row] for row in dealt]
         rows = [self.tokenize_prompt(prompt, [image.size for image in row]) for prompt, row in zip(prompts, pictures)]
+        for number, row in enumerate(rows, start=1):
+            if not row:
+                raise UserError(f"Prompt {number} is empty; expected some text.")
         longest = max(len(row) for row in rows)
         input_ids = np.full((len(rows), longest), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
@@ -219,6 +236,10 @@ class LlavaProcessor:
             attention_mask[number, longest - len(row) :] = 1
         batch = {"input_ids": paddle.to_tensor(input_ids), "attention_mask": paddle.to_tensor(attention_mask)}
         flat = [image for row in pictures for image in row]
+        sources = [source for row in dealt for source in row]
+        for number, (image, source) in enumerate(zip(flat, sources), start=1):
+            if self.image_processor is not None:
+                self.image_processor.check(image.size, _name(source, number))
         if flat:
             batch["pixel_values"] = paddle.to_tensor(self._pixel_values(flat))
             batch["image_sizes"] = paddle.to_tensor(np.array([image.size for image in flat], dtype=np.int64))
@@ -239,13 +260,13 @@ class LlavaProcessor:
         ids, _ = self._encode(text)
         return expand(ids, ids, [], self._features(text, image_sizes)).input_ids
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **asked) -> str:
         """The text of ids (a list, array or tensor of one row)."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return self.tokenizer.decode(token_ids, skip_special_tokens, **asked)
 
-    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = True) -> List[str]:
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = True, **asked) -> List[str]:
         """:meth:`decode` of each row."""
-        return self.tokenizer.batch_decode(rows, skip_special_tokens)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens, **asked)
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """Decodes ids that come one at a time."""
@@ -377,8 +398,7 @@ def _deal_out(prompts: Sequence[str], images: Any) -> List[List[Any]]:
     """The pictures of each prompt, from whatever form they came in."""
     if images is None:
         return [[] for _ in prompts]
-    if not isinstance(images, (list, tuple)):
-        images = [images]
+    images = image_list(images)
     counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
     if any(image is None or isinstance(image, (list, tuple)) for image in images):
         rows = [list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
@@ -394,6 +414,13 @@ def _deal_out(prompts: Sequence[str], images: Any) -> List[List[Any]]:
         raise ImageCountError(_mismatch(sum(counts), len(images)))
     waiting = iter(images)
     return [[next(waiting) for _ in range(count)] for count in counts]
+
+
+def _name(source: Any, number: int) -> str:
+    """What an error calls a picture."""
+    if isinstance(source, (str, Path)) and not str(source).startswith("data:"):
+        return str(source)
+    return f"Picture {number}"
 
 
 def _mismatch(places: int, pictures: int) -> str:

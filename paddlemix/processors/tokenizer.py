@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from paddlemix.errors import UserError, naming
+from paddlemix.errors import UserError, folder_to_write, naming, refuse_unbuilt
 from paddlemix.models.llava.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 __all__ = ["Tokenizer", "TokenizedText", "StreamDecoder", "load_tokenizer", "encode_text", "encode_with_offsets"]
@@ -29,6 +29,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ASKS_FOR_NOTHING = {"padding": (False, "do_not_pad"), "truncation": (False, "do_not_truncate")}
 SPACE = "\u2581"  # how sentencepiece writes a space
 
 Span = Tuple[int, int]
@@ -415,13 +416,38 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._vocabulary)
 
-    def __call__(self, text: Union[str, Sequence[str]], add_special_tokens: bool = True) -> TokenizedText:
-        """``input_ids`` and ``attention_mask`` of a text, or lists of both for a list of texts (not padded)."""
+    def __call__(
+        self,
+        text: Union[str, Sequence[str]],
+        *,
+        add_special_tokens: bool = True,
+        return_tensors: Optional[str] = None,
+        **asked,
+    ) -> TokenizedText:
+        """``input_ids`` and ``attention_mask`` of a text, or lists of both for a list of texts (not padded).
+
+        Args:
+            text: a text, or a list of B texts.
+            add_special_tokens: with the ids that stand around every text.
+            return_tensors: ``pd`` or ``np``, as Hugging Face's callers write it, for tensors or arrays [B, T].
+            asked: ``padding`` and ``truncation`` as such callers write them; nothing but false.
+
+        Raises:
+            UserError: no text, something else than is done, or tensors of texts of different lengths.
+        """
+        refuse_unbuilt("The tokenizer", asked, _ASKS_FOR_NOTHING, "LlavaProcessor makes padded batches of prompts.")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+            raise UserError(f"The tokenizer got {text!r:.100}; expected a text or a list of texts.")
+        rows = [self.encode(one, add_special_tokens) for one in texts]
+        masks = [[1] * len(row) for row in rows]
+        if return_tensors is not None:
+            return TokenizedText(
+                input_ids=_as_tensor(rows, return_tensors), attention_mask=_as_tensor(masks, return_tensors)
+            )
         if isinstance(text, str):
-            ids = self.encode(text, add_special_tokens)
-            return TokenizedText(input_ids=ids, attention_mask=[1] * len(ids))
-        rows = [self.encode(one, add_special_tokens) for one in text]
-        return TokenizedText(input_ids=rows, attention_mask=[[1] * len(row) for row in rows])
+            return TokenizedText(input_ids=rows[0], attention_mask=masks[0])
+        return TokenizedText(input_ids=rows, attention_mask=masks)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> List[int]:
         """Ids of a text, with the ids that stand around every text (LLaMA: bos) unless ``add_special_tokens`` is off."""
@@ -445,19 +471,24 @@ class Tokenizer:
         """Ids after every text; LLaVA checkpoints have none."""
         return list(self._suffix)
 
-    def decode(self, token_ids: Union[int, Iterable[int]], skip_special_tokens: bool = False) -> str:
+    def decode(self, token_ids: Union[int, Iterable[int]], skip_special_tokens: bool = False, **asked) -> str:
         """The text of ids; accepts a tensor or array too.
 
         ``<image>`` placeholders (-200) count as special. Bytes that are no UTF-8 come out as U+FFFD, and an id
-        beyond the vocabulary, which a padded embedding can yield, as nothing.
+        beyond the vocabulary, which a padded embedding can yield, as nothing. ``clean_up_tokenization_spaces`` may be
+        given as false.
+
+        Raises:
+            UserError: several rows.
         """
+        refuse_unbuilt("decode", asked, {"clean_up_tokenization_spaces": (False,)}, "leave it out.")
         decoder = StreamDecoder(self, skip_special_tokens)
         pieces = [decoder.put(index) for index in _as_list(token_ids)]
         return "".join(pieces) + decoder.end()
 
-    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False) -> List[str]:
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False, **asked) -> List[str]:
         """:meth:`decode` of each row."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
+        return [self.decode(row, skip_special_tokens, **asked) for row in rows]
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that an id stands for; a character may be spread over several ids."""
@@ -528,8 +559,7 @@ class Tokenizer:
 
     def save_pretrained(self, folder: Union[str, Path]) -> List[str]:
         """Writes the tokenizer's files into ``folder`` (made if missing); returns their paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_to_write(folder)
         for name, content in self._files.items():
             with naming(folder / name):
                 (folder / name).write_bytes(content)
@@ -549,7 +579,28 @@ def replaced_files(folder: Path, written: Collection[str]) -> List[Path]:
 def _as_list(token_ids: Any) -> List[int]:
     if hasattr(token_ids, "tolist"):
         token_ids = token_ids.tolist()
-    return [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
+    if isinstance(token_ids, int):
+        return [token_ids]
+    token_ids = list(token_ids)
+    if any(isinstance(index, (list, tuple)) or getattr(index, "ndim", 0) for index in token_ids):
+        raise UserError(f"decode got {len(token_ids)} row(s) of ids; expected one row, batch_decode takes several.")
+    return [int(index) for index in token_ids]
+
+
+def _as_tensor(rows: List[List[int]], kind: str) -> Any:
+    """[B, T] of rows of one length: a tensor for ``pd``, an array for ``np``."""
+    if kind not in ("pd", "np"):
+        raise UserError(f"return_tensors is {kind!r}; expected 'pd' (Paddle's tensors) or 'np' (NumPy's arrays).")
+    if len({len(row) for row in rows}) > 1:
+        raise UserError("The texts have different numbers of tokens, so they are no tensor; LlavaProcessor pads them.")
+    import numpy as np
+
+    array = np.array(rows, dtype=np.int64)
+    if kind == "np":
+        return array
+    import paddle
+
+    return paddle.to_tensor(array)
 
 
 class StreamDecoder:

@@ -168,6 +168,8 @@ def test_several_draws_per_prompt(golden, model):  # noqa: F811
         ({"eos_token_id": [[10], [20, 20]]}, "eos_token_ids is .*; expected a list of token ids"),
         ({"eos_token_ids": 3}, "eos_token_ids is 3; expected a list"),
         ({"generation_config": {"temprature": 1}}, "doesn't know temprature"),
+        ({"generation_config": "x"}, "generation_config is 'x'; expected PaddleNLP's, or a dict"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'; expected a token id"),
         ({"images": "cat.png"}, "doesn't know images.*pixel_values"),
     ],
 )
@@ -226,6 +228,22 @@ def test_a_dict_of_settings(golden, model):  # noqa: F811
     for given in ({"max_new_tokens": 4}, {"max_length": 4}, {"max_length": 4, "max_new_tokens": None}):
         assert model.generate(ids, generation_config=shorter, **given)[0].shape == [2, 4]
     assert model.generate(ids, generation_config=shorter, max_new_tokens=None)[0].shape == [2, 3]
+
+
+def test_lists_and_arrays_in_place_of_tensors(golden, model):  # noqa: F811
+    ids = golden["short"]
+    expected = model.generate(paddle.to_tensor(ids), max_new_tokens=3)[0].tolist()
+    mask = np.ones_like(ids)
+    for given in ([ids], [ids.tolist()], [ids.astype(np.int32), mask], [ids.tolist(), mask.tolist()]):
+        assert model.generate(*given, max_new_tokens=3)[0].tolist() == expected
+    for wrong in ([[1, 2], [3]], "Hello", None, [["a"]]):
+        with pytest.raises(UserError, match="input_ids .*expected a tensor"):
+            model.generate(wrong)
+
+
+def test_a_row_that_is_masked_altogether_is_named(model):  # noqa: F811
+    with pytest.raises(UserError, match="prompt 2 is empty: its attention_mask is 0"):
+        model.generate(paddle.ones([2, 3], "int64"), attention_mask=paddle.to_tensor([[0, 1, 1], [0, 0, 0]]))
 
 
 def test_right_padding_is_refused(model):  # noqa: F811

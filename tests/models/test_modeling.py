@@ -210,3 +210,17 @@ def test_float16_is_refused_by_a_cpu(tmp_path):
     for ask in (narrow, narrow.generate):
         with pytest.raises(UserError, match="CPU can't compute in float16.*float32 or bfloat16"):
             ask(input_ids=paddle.to_tensor([PROMPT]), pixel_values=picture())
+
+
+def test_what_callers_of_other_models_pass_to_a_forward(model):
+    ids = paddle.to_tensor([PROMPT])
+    expected = model(ids, pixel_values=picture()).logits.numpy()
+    asked = dict(return_dict=True, use_cache=False, output_hidden_states=False, output_attentions=None)
+    for batch in ((ids, picture()), (ids.numpy(), picture().numpy()), (ids.tolist(), picture().numpy())):
+        out = model(batch[0], pixel_values=batch[1], past_key_values=None, **asked)
+        np.testing.assert_array_equal(out.logits.numpy(), expected)
+    for name in ("output_hidden_states", "output_attentions", "use_cache", "colour"):
+        with pytest.raises(UserError, match=f"can't honour {name}=True"):
+            model(ids, **{name: True})
+    with pytest.raises(UserError, match="can't honour return_dict=False"):
+        model(ids, return_dict=False)

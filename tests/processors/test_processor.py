@@ -152,6 +152,48 @@ def test_no_prompt_and_no_picture_file(tokenizer, tmp_path):
         make(tokenizer)(PROMPT, str(tmp_path / "nowhere.png"))
 
 
+def test_a_picture_that_is_too_thin_is_named(tokenizer, tmp_path):
+    processor = make(tokenizer, image_aspect_ratio="pad")
+    thin = Image.new("RGB", (1, 40000))
+    with pytest.raises(UserError, match=r"^Picture 2 \(1 x 40000 pixels\) is too thin"):
+        processor(["<image>", "<image>"], [picture(), thin])
+    thin.save(tmp_path / "thin.png")
+    with pytest.raises(UserError, match=r"^.*thin\.png \(1 x 40000 pixels\) is too thin"):
+        processor(PROMPT, tmp_path / "thin.png")
+
+
+def test_a_prompt_without_tokens_is_named(tmp_path):
+    processor = make(load_tokenizer(byte_level_tokenizer_folder(tmp_path)))  # which puts no bos before a text
+    for prompts, number in (("", 1), (["Hi", ""], 2)):
+        with pytest.raises(UserError, match=f"^Prompt {number} is empty; expected some text"):
+            processor(prompts)
+
+
+def test_what_callers_of_hugging_face_write(tokenizer, tmp_path):
+    processor = make(tokenizer)
+    images = np.stack([np.asarray(picture(seed=seed)) for seed in range(2)])
+    expected = processor([PROMPT, PROMPT], [picture(seed=seed) for seed in range(2)])
+    batch = processor([PROMPT, PROMPT], images, truncation=False, add_special_tokens=True, max_length=None)
+    assert np.array_equal(batch["pixel_values"].numpy(), expected["pixel_values"].numpy())
+    for asked in ({"truncation": True}, {"max_length": 5}, {"add_special_tokens": False}, {"colour": "red"}):
+        with pytest.raises(UserError, match=f"can't honour {next(iter(asked))}="):
+            processor("Hi", **asked)
+    ids = expected["input_ids"]
+    plain = dict(clean_up_tokenization_spaces=False)
+    assert processor.decode(ids[0], **plain) == processor.decode(ids[0])
+    assert processor.batch_decode(ids, **plain) == processor.batch_decode(ids)
+    with pytest.raises(UserError, match="clean_up_tokenization_spaces"):
+        processor.decode(ids[0], clean_up_tokenization_spaces=True)
+    for several in (ids, ids.numpy(), ids.tolist()):
+        with pytest.raises(UserError, match="expected one row, batch_decode takes several"):
+            processor.decode(several)
+    processor.save_pretrained(tmp_path)
+    again = LlavaProcessor.from_pretrained(tmp_path, use_fast=False)
+    assert again("Hi")["input_ids"].tolist() == processor("Hi")["input_ids"].tolist()
+    with pytest.raises(UserError, match="can't honour trust_remote_code=True"):
+        LlavaProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+
+
 def test_im_start_and_im_end_stand_around_the_picture(tmp_path):
     tokenizer = load_tokenizer(add_tokens(llama2_tokenizer_folder(tmp_path)))
     processor = make(tokenizer, mm_use_im_start_end=True)
@@ -243,6 +285,22 @@ def test_a_saved_folder_opens_again(tokenizer, tmp_path, settings):
         assert np.array_equal(value.numpy(), got[name].numpy()), name
     row = {"image": image, "conversations": [["<image>\nQ", "A"]]}
     assert processor.encode_conversation(row)["labels"] == again.encode_conversation(row)["labels"]
+
+
+def test_a_folder_that_cannot_be_written_to(tokenizer, tmp_path):
+    from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
+
+    processor = make(tokenizer)
+    model = LlavaLlamaForCausalLM(processor.config)
+    (tmp_path / "afile").write_text("mine")
+    for part in (processor, processor.tokenizer, processor.image_processor, model):
+        with pytest.raises(UserError, match="afile is a file; expected a folder"):
+            part.save_pretrained(tmp_path / "afile")
+        with pytest.raises(UserError, match="can't be made a folder"):
+            part.save_pretrained(str(tmp_path / "afile" / "x"))
+        with pytest.raises(UserError, match="is None; expected its name"):
+            part.save_pretrained(None)
+    assert (tmp_path / "afile").read_text() == "mine"
 
 
 def test_saving_leaves_a_models_config_alone(tokenizer, tmp_path):

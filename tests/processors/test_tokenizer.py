@@ -301,3 +301,21 @@ def test_an_added_token_whose_id_is_taken(tmp_path):
     (folder / "added_tokens.json").write_text('{"<x>": 32005}')
     with pytest.raises(UserError, match="'<x>' should have the id 32005"):
         load_tokenizer(folder)
+
+
+def test_what_callers_of_hugging_face_write(tmp_path):
+    tokenizer = load_tokenizer(llama2_tokenizer_folder(tmp_path))
+    ids = tokenizer("Hello").input_ids
+    assert tokenizer("Hello", return_tensors="pd").input_ids.tolist() == [ids]
+    arrays = tokenizer(["Hello", "Hello"], return_tensors="np", padding=False, truncation=None)
+    assert arrays.input_ids.tolist() == [ids, ids] and arrays.attention_mask.tolist() == [[1] * len(ids)] * 2
+    with pytest.raises(UserError, match="LlavaProcessor pads them"):
+        tokenizer(["Hello", "Hello there"], return_tensors="pd")
+    with pytest.raises(UserError, match="return_tensors is 'pt'"):
+        tokenizer("Hello", return_tensors="pt")
+    with pytest.raises(UserError, match="can't honour padding=True; LlavaProcessor makes padded batches"):
+        tokenizer(["Hello"], padding=True)
+    with pytest.raises(UserError, match="got None; expected a text"):
+        tokenizer(None)
+    with pytest.raises(TypeError):  # no pairs of texts
+        tokenizer("Hello", "there")

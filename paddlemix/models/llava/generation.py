@@ -90,6 +90,8 @@ class GenerationSettings:
         several = isinstance(self.eos_token_ids, (list, tuple))
         ends = several and all(isinstance(each, (int, np.integer)) for each in self.eos_token_ids)
         require(ends, "eos_token_ids", "a list of token ids, each of which ends an answer by itself")
+        pad = self.pad_token_id
+        require(isinstance(pad, (int, np.integer)) and not isinstance(pad, bool), "pad_token_id", "a token id")
         require(whole("num_return_sequences", 1), "num_return_sequences", "a whole number of at least 1")
         if self.decode_strategy == "beam_search":
             require(whole("num_beams", 2), "num_beams", "a whole number of at least 2 for beam_search")
@@ -105,6 +107,8 @@ class GenerationSettings:
         Raises:
             UserError: a name, or a setting of the generation config, that nothing here reads.
         """
+        if generation_config is not None and not hasattr(generation_config, "__dict__"):
+            raise UserError(f"generation_config is {generation_config!r:.100}; expected PaddleNLP's, or a dict.")
         stored = dict(vars(generation_config)) if generation_config is not None else {}
         if stored.get("num_beams") == 1 and stored.get("decode_strategy") != "beam_search":
             # PaddleNLP's default, with which it searches no beams

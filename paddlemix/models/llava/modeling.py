@@ -15,7 +15,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, folder_to_write, refuse_unbuilt
 from paddlemix.lazy_paddlenlp import PretrainedModel
 from paddlemix.models.llava.anyres import num_tiles, pack_image_features
 from paddlemix.models.llava.configuration import LlavaConfig
@@ -52,6 +52,13 @@ _ASKS_FOR_NOTHING = {
     "ignore_mismatched_sizes": (False,),
     "from_aistudio": (False, None),
     "from_hf_hub": (False, None),
+}
+# and that the forwards of PaddleNLP and Hugging Face have
+_FORWARD_ASKS_FOR_NOTHING = {
+    "return_dict": (True,),
+    "use_cache": (False,),
+    "output_hidden_states": (False,),
+    "output_attentions": (False,),
 }
 
 
@@ -238,12 +245,12 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         """Writes config.json, generation_config.json and safetensors (sharded above ``max_shard_size``).
 
         Raises:
-            UserError: ``save_dir`` is a file, or PaddleNLP's LoRAModel has left its adapters in the model.
+            UserError: ``save_dir`` is a file or can't be made, or PaddleNLP's LoRAModel has left its adapters in the model.
         """
         from paddlemix.models.llava import checkpoint
 
         self.config.validate()
-        checkpoint.save_model(self, save_dir, state_dict=state_dict, max_shard_size=max_shard_size)
+        checkpoint.save_model(self, folder_to_write(save_dir), state_dict=state_dict, max_shard_size=max_shard_size)
 
     # the flow
 
@@ -324,6 +331,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         segment_ids: Optional[paddle.Tensor] = None,
         inputs_embeds: Optional[paddle.Tensor] = None,
         loss_reduction: str = "mean",
+        **asked,
     ) -> LlavaOutput:
         """One pass over whole sequences.
 
@@ -336,7 +344,15 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             position_ids, segment_ids: [B, T] of packed rows; a token sees its own segment only.
             inputs_embeds: [B, T, D] in place of input_ids and pixel_values.
             loss_reduction: ``mean`` over the labelled tokens of this call, or their ``sum``.
+            asked: what callers of other models pass though it asks for nothing here, such as ``return_dict=True``.
+
+        Raises:
+            UserError: shapes that don't fit together, or something else that is asked for.
         """
+        given = "a forward gives loss, logits and the last hidden_states, and takes whole sequences."
+        refuse_unbuilt("A forward", asked, _FORWARD_ASKS_FOR_NOTHING, given)
+        input_ids, attention_mask = _tensor("input_ids", input_ids), _tensor("attention_mask", attention_mask)
+        pixel_values, labels = _tensor("pixel_values", pixel_values), _tensor("labels", labels)
         beside = {"labels": labels, "position_ids": position_ids, "segment_ids": segment_ids}
         if inputs_embeds is None:
             self._check_prompts(input_ids, attention_mask)
@@ -376,9 +392,12 @@ class LlavaLlamaForCausalLM(PretrainedModel):
     def _check_prompts(
         self, input_ids: paddle.Tensor, attention_mask: Optional[paddle.Tensor], new_tokens: int = 0
     ) -> None:
-        if input_ids is None or len(input_ids.shape) != 2 or input_ids.size == 0:
-            shape = None if input_ids is None else list(input_ids.shape)
-            raise UserError(f"input_ids has the shape {shape}; expected [B, T], with at least one token.")
+        if not hasattr(input_ids, "shape"):
+            raise UserError(f"input_ids is {input_ids!r:.100}; expected a tensor [B, T] of token ids.")
+        if len(input_ids.shape) != 2 or input_ids.size == 0:
+            raise UserError(
+                f"input_ids has the shape {list(input_ids.shape)}; expected [B, T], with at least one token."
+            )
         if attention_mask is not None and list(attention_mask.shape) != list(input_ids.shape):
             raise UserError(
                 f"attention_mask has the shape {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}; "
@@ -451,6 +470,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             ids [B * num_return_sequences, L], the new ones only, the end token included and then padded; and scores
             [B * num_return_sequences, 1]: the mean log-probability of a row's tokens (beam search: the beam's score).
         """
+        input_ids, attention_mask = _tensor("input_ids", input_ids), _tensor("attention_mask", attention_mask)
+        pixel_values = _tensor("pixel_values", pixel_values)
         if attention_mask is not None and not isinstance(attention_mask, paddle.Tensor):
             generation_config, attention_mask = attention_mask, None
         if isinstance(generation_config, dict):
@@ -462,6 +483,11 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         if attention_mask is None and cache is None:
             attention_mask = self._mask_of_padding(input_ids, settings)
         if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
+            empty = np.flatnonzero((attention_mask.numpy() == 0).all(axis=1))
+            if empty.size:
+                raise UserError(
+                    f"prompt {empty[0] + 1} is empty: its attention_mask is 0 everywhere; leave the row out."
+                )
             raise UserError("the prompts are padded on the right; pad on the left to generate (LlavaProcessor does).")
         training = self.training
         self.eval()
@@ -519,3 +545,17 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         if streamer is not None:
             streamer.end()
         return rows, [total / len(row) for total, row in zip(totals, rows)]
+
+
+def _tensor(name: str, values: Any) -> Any:
+    """Lists and NumPy's arrays as tensors; anything else as it is."""
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        return values
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iufb":
+        raise UserError(f"{name} holds no numbers, or rows of different lengths; expected a tensor.")
+    floats = array.dtype.kind == "f"
+    return paddle.to_tensor(array.astype("float32" if floats else "int64"))
