@@ -51,3 +51,11 @@ def test_end_tokens_of_generation_config(tmp_path):
             LlavaConfig.from_pretrained(tmp_path)
     write_json(path, {"eos_token_id": [2, 7]})
     assert LlavaConfig.from_pretrained(tmp_path).eos_token_ids == [2, 7]
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; expected a folder to save in"):
+        LlavaConfig().save_pretrained(tmp_path / "file")
+    LlavaConfig(rope_theta=5.0).save_pretrained(tmp_path / "new")
+    assert LlavaConfig.from_pretrained(tmp_path / "new").rope_theta == 5.0

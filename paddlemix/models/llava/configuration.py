@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, Iterable, List, Optional
 
-from paddlemix.errors import UserError
+from paddlemix.errors import UserError, folder_to_write
 from paddlemix.lazy_paddlenlp import PretrainedConfig
 
 __all__ = ["CLIPVisionConfig", "LlavaConfig", "TOKEN_IDS", "are_token_ids"]
@@ -222,6 +222,14 @@ class LlavaConfig(PretrainedConfig):
             setattr(config, key, value)
         config.validate()
         return config
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes ``config.json`` into the folder, which is made.
+
+        Raises:
+            UserError: the folder is a file, or can't be made.
+        """
+        super().save_pretrained(folder_to_write(save_directory), **kwargs)
 
     def validate(self) -> None:
         """Refuses what the model can't honour; called by the constructor and before a save."""
