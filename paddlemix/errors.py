@@ -26,7 +26,7 @@ def naming(path: Union[str, os.PathLike]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # without a number its text is all that it says
             error.filename = os.fspath(path)
         raise
 

@@ -134,6 +134,9 @@ def test_settings_that_a_processor_does_not_take(folder):
         UserError, match="AutoProcessorMIX can't honour bar, foo; it takes .*config, image_aspect_ratio"
     ):
         AutoProcessorMIX.from_pretrained(folder, foo=1, bar=2)
+    with pytest.raises(UserError, match="can't honour asked"):
+        AutoProcessorMIX.from_pretrained(folder, asked=1)
+    assert AutoProcessorMIX.from_pretrained(folder, use_fast=False) is not None
     for length in (-5, 0, 2.5, "512", True):
         with pytest.raises(UserError, match=f"^max_length is {length!r}; expected a whole number of at least 1"):
             AutoProcessorMIX.from_pretrained(folder, max_length=length)

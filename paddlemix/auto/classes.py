@@ -134,8 +134,10 @@ class AutoProcessorMIX(_Auto):
         _check_length("max_length", max_length)
         folder = cls._resolve(folder_or_name)
         from_pretrained = _load(_classes(folder).processor).from_pretrained
-        takes = list(inspect.signature(from_pretrained).parameters)[1:]  # after the folder
-        unknown = sorted(set(settings) - set(takes))
+        parameters = list(inspect.signature(from_pretrained).parameters.values())
+        takes = [each.name for each in parameters[1:] if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        # what asks for nothing, from callers of Hugging Face, the processor itself lets pass or refuses
+        unknown = sorted(set(settings) - {*takes, "use_fast"})
         if unknown:
             raise UserError(
                 f"AutoProcessorMIX can't honour {', '.join(unknown)}; it takes text_model_name_or_path, train, eval, "

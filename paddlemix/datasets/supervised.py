@@ -7,6 +7,7 @@ out those that keep no label, and knows the length of each sample before any pic
 import logging
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -342,10 +343,14 @@ def resolve_image(image: Any, folders: Sequence[Path]) -> Any:
 
 
 def _may_be_a_picture(image: Any) -> bool:
-    """Whether nothing that costs no reading speaks against it: a file with something in it, or an address of the web."""
+    """Whether nothing that costs no reading speaks against it: a file with something in it, an address of the web, or data."""
     if isinstance(image, Path):
-        return os.path.isfile(image) and os.path.getsize(image) > 0 and os.access(image, os.R_OK)
-    return isinstance(image, str) and re.match("https?://", image, re.IGNORECASE) is not None
+        try:
+            found = os.stat(image)
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size > 0
+    return isinstance(image, str) and re.match("https?://|data:", image, re.IGNORECASE) is not None
 
 
 def image_size(image: Union[str, Path]) -> Tuple[int, int]:

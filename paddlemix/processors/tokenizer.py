@@ -436,8 +436,8 @@ class Tokenizer:
             UserError: no text, something else than is done, or tensors of texts of different lengths.
         """
         refuse_unbuilt("The tokenizer", asked, _ASKS_FOR_NOTHING, "LlavaProcessor makes padded batches of prompts.")
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else None
+        if texts is None or not all(isinstance(one, str) for one in texts):
             raise UserError(f"The tokenizer got {text!r:.100}; expected a text or a list of texts.")
         rows = [self.encode(one, add_special_tokens) for one in texts]
         masks = [[1] * len(row) for row in rows]
@@ -582,7 +582,7 @@ def _as_list(token_ids: Any) -> List[int]:
     if isinstance(token_ids, int):
         return [token_ids]
     token_ids = list(token_ids)
-    if any(isinstance(index, (list, tuple)) or getattr(index, "ndim", 0) for index in token_ids):
+    if any(isinstance(index, (list, tuple)) or getattr(index, "size", 1) != 1 for index in token_ids):
         raise UserError(f"decode got {len(token_ids)} row(s) of ids; expected one row, batch_decode takes several.")
     return [int(index) for index in token_ids]
 

@@ -110,7 +110,7 @@ def convert(
         if image_token is not None:
             add_tokens(partial, {IMAGE_TOKEN: image_token.image, PAD_TOKEN: image_token.pad})
             write_processor_config(partial, plan.config)
-            jinja = chat_jinja(checkpoint.processor_folder(source), plan.config.conversation_template)
+            jinja = chat_jinja([source, checkpoint.processor_folder(source)], processor)
             if jinja:
                 (partial / "chat_template.jinja").write_text(jinja, encoding="utf-8")
         if empty:  # config.json makes it a checkpoint, and comes last
@@ -119,6 +119,8 @@ def convert(
         else:
             replace(partial, output)
     except OSError as error:
+        if error.errno is None:
+            raise
         if error.filename is None or partial in Path(os.fspath(error.filename)).parents:
             raise UserError(f"{output} can't be written: {error.strerror or error}.") from error
         raise
@@ -234,15 +236,29 @@ def add_tokens(folder: Path, tokens: Dict[str, int]) -> None:
         write_json(path, {**read_json(path), **tokens})
 
 
-def chat_jinja(source: Path, template: str) -> str:
-    """The chat template for transformers' processor: what ``source`` has, else the named template; empty if neither is one."""
+def chat_jinja(sources: Sequence[Path], processor: Any) -> str:
+    """The chat template for transformers' processor; empty if there is none in its form.
+
+    A publisher's is taken as it is. Where a source's config records a template of this package, as what fine-tuning has
+    written does, that one counts: the base's may lie beside it still.
+
+    Args:
+        sources: folders of a checkpoint; the processor's files are in the last.
+    """
     from paddlemix.models.llava import published_configs
     from paddlemix.models.llava.conversation import get_template
+    from paddlemix.models.llava.tensor_files import read_json
     from paddlemix.processors.chat_template import hugging_face_jinja
 
-    of_tokenizer = published_configs.tokenizer_template(source)
-    own = published_configs.processor_template(source) or (of_tokenizer if "image" in of_tokenizer else "")
-    return own or hugging_face_jinja(get_template(template))
+    if processor.chat_template is not None:  # of the toolkit's form
+        return ""
+    configs = [folder / "config.json" for folder in sources]
+    if not any("conversation_template" in read_json(config) for config in configs if config.is_file()):
+        of_tokenizer = published_configs.tokenizer_template(sources[-1])
+        own = published_configs.processor_template(sources[-1]) or (of_tokenizer if "image" in of_tokenizer else "")
+        if own:
+            return own
+    return hugging_face_jinja(get_template(processor.config.conversation_template))
 
 
 def write_processor_config(folder: Path, config: Any) -> None:

@@ -114,8 +114,8 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
     if args.version:
         processor.chat_template = None
     if args.do_train:
-        record_template(processor, entries["train"])
-        if args.version and all(entry.chat_template for entry in entries["train"]) and args.should_log:
+        recorded = record_template(processor, entries["train"])
+        if args.version and recorded and args.should_log:
             logger.warning(
                 "version is %r, but all training data have a chat_template, which is what they are rendered with and the "
                 "result is asked with; version changes nothing.",
@@ -192,23 +192,28 @@ def read_config(folder: Path, adapter: Optional[Path], args: Any, settings: Dict
     return config
 
 
-def record_template(processor: Any, entries: List[Any]) -> None:
-    """Where all training data have one ``chat_template``, the model that comes out is asked in that way too."""
+def record_template(processor: Any, entries: List[Any]) -> bool:
+    """Where all training data have one ``chat_template``, the model that comes out is asked in that way too.
+
+    Returns:
+        whether they have.
+    """
     from paddlemix.processors.chat_template import load_chat_template, name_of
 
     files = [entry.chat_template for entry in entries]
     if not any(files):
-        return
+        return False
     templates = [load_chat_template(file) if file else None for file in files]
     if any(template != templates[0] for template in templates):
         logger.warning(
             "The training data have several chat templates; the chat will use %s.",
             processor.config.conversation_template,
         )
-        return
+        return False
     name = name_of(templates[0])
     processor.chat_template = None if name else templates[0]
     processor.config.conversation_template = name or processor.config.conversation_template
+    return True
 
 
 def check_lengths(dataset: Any, split: str, config: Any) -> None:

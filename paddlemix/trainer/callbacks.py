@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -108,6 +109,16 @@ class MetricsFileCallback(TrainerCallback):
                 file.write(json.dumps(logs, default=str) + "\n")
 
 
+def _launcher() -> Optional[int]:
+    """The process of Paddle's launcher that has started this one; None if another has, whose end means nothing."""
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return None
+    return parent if re.search(rb"paddle.distributed.launch|fleetrun", command) else None
+
+
 class StopCallback(TrainerCallback):
     """SIGTERM and Ctrl-C: the step that runs is finished, a checkpoint saved, and training stops.
 
@@ -123,7 +134,7 @@ class StopCallback(TrainerCallback):
         self.signal_number: Optional[int] = None
         self.stopped = False
         self._previous: Dict[int, Any] = {}
-        self._launcher = os.getppid() if "PADDLE_TRAINER_ID" in os.environ else None
+        self._launcher = _launcher()
         self.any_rank = bool  # whether any rank was asked to stop; the trainer puts its own in
 
     def install(self) -> None:
@@ -146,7 +157,8 @@ class StopCallback(TrainerCallback):
     def asked(self) -> bool:
         """Whether to stop; all ranks must ask at the same place."""
         if self._launcher not in (None, os.getppid()) and self.signal_number is None:
-            self._note(signal.SIGTERM, None)
+            self.signal_number = signal.SIGTERM
+            logger.warning("The launcher is gone: saving a checkpoint, then stopping.")
         return self.any_rank(self.signal_number is not None)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -302,6 +302,9 @@ def test_small_files_alone(stores):
         for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
             assert (hub.resolve(name, weights=False) / "config.json").is_file()
     assert not [file for file in stores.downloads() if file.startswith("model")]
+    asked = len(stores.requests)
+    assert LlavaConfig.from_pretrained("paddlemix/llava/llava-v1.5-7b") is not None
+    assert len(stores.requests) == asked, "what is known to be all must not be asked for again"
     for name in ("paddlemix/llava/llava-v1.5-7b", "llava-hf/tiny"):
         opens(name)
 
@@ -328,6 +331,14 @@ def test_weights_that_alone_tell_the_config_are_fetched_for_it(stores):
     config = json.loads((tied / "config.json").read_text())
     write_json(tied / "config.json", {**config, "tie_word_embeddings": True})  # but there is a head
     assert AutoConfigMIX.from_pretrained("llava-hf/tied").tie_word_embeddings is False
+    larger = write_toolkit(
+        stores.paddle / "paddlemix/llava/larger", mm_vision_tower="openai/clip-vit-large-patch14-336"
+    )
+    config = json.loads((larger / "config.json").read_text())
+    config.pop("vision_config", None)
+    write_json(larger / "config.json", config)
+    with pytest.raises(UserError, match="how many heads its vision tower"):  # it is not the tower of that name
+        AutoConfigMIX.from_pretrained("paddlemix/llava/larger")
     named = write_original(stores.hugging_face / "org/named", mm_vision_tower="org/tower-nobody-knows")
     config = json.loads((named / "config.json").read_text())
     vision = config.pop("vision_config")

@@ -418,6 +418,17 @@ def test_hugging_faces_processor_gets_a_chat_template(tmp_path, sources):
             old = json.loads((source / name).read_text()) if (source / name).exists() else {}
             write_json(source / name, {**old, "chat_template": jinja})
         assert written(source) == jinja
+    # what a fine-tuned model is asked with is recorded in its config; its base's template is beside it still
+    tuned = tmp_path / "tuned"
+    assert run(sources["toolkit", "llava"], tuned, "toolkit") == 0
+    write_json(
+        tuned / "tokenizer_config.json",
+        {**json.loads((tuned / "tokenizer_config.json").read_text()), "chat_template": jinja},
+    )
+    write_json(
+        tuned / "config.json", {**json.loads((tuned / "config.json").read_text()), "conversation_template": "llava_v0"}
+    )
+    assert "Human" in written(tuned)
     template = ImmutableSandboxedEnvironment().from_string(written(sources["toolkit", "llava_next"]))
     processor = LlavaProcessor.from_pretrained(sources["toolkit", "llava_next"])
     messages = [{"role": "user", "content": "<image>\nWhat is it?"}]

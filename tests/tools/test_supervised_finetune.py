@@ -596,7 +596,7 @@ def test_training_what_only_pictures_reach_without_pictures_is_refused(room, tmp
     assert "no sample of the training data has a picture" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("image", ["s3://bucket/a.png", "file:///a.png", "data:image/png;base64,AAAA", "empty.png"])
+@pytest.mark.parametrize("image", ["s3://bucket/a.png", "file:///a.png", "empty.png"])
 def test_a_picture_that_can_not_be_one_is_told_before_training(room, tmp_path, capsys, image):
     data = tmp_path / "train.json"
     (tmp_path / "empty.png").touch()
@@ -626,9 +626,18 @@ def test_what_changes_nothing_is_told(room, tmp_path, caplog):
         "data_files": str(room / "data" / "train.json"),
         "chat_template": chat_template(tmp_path / "templates", "own.json", **own),
     }
-    options = dict(max_steps=1, version="llava_v0", eval_with_do_generation=True)
+    options = dict(max_steps=1, version="llava_v0")
     assert run([configure(room, tmp_path / "out", dataset={"train": [entry]}, **options)]) == 0
     assert "version changes nothing" in caplog.text
+    caplog.clear()
+    other = {
+        **entry,
+        "chat_template": chat_template(tmp_path / "templates", "b.json", **{**own, "system": "Be brief. "}),
+    }
+    run([configure(room, tmp_path / "two", dataset={"train": [entry, other]}, max_steps=1, version="llava_v0")])
+    assert "the chat will use llava_v0" in caplog.text and "version changes nothing" not in caplog.text
+    caplog.clear()
+    run([configure(room, tmp_path / "answers", max_steps=1, eval_with_do_generation=True)])
     assert "eval_with_do_generation is true, but nothing is evaluated" in caplog.text
 
 

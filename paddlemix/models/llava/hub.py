@@ -102,8 +102,14 @@ def _needs_weights(folder: Path) -> bool:
 
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     tower, text = config.get("mm_vision_tower"), config.get("text_config")
+    preprocessor = folder / "preprocessor_config.json"
     if tower and tower not in KNOWN_TOWERS:
-        return not (config.get("vision_config") and (folder / "preprocessor_config.json").is_file())
+        return not (config.get("vision_config") and preprocessor.is_file())
+    if tower and not config.get("vision_config") and preprocessor.is_file():
+        crop = read_json(preprocessor).get("crop_size")
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        if crop not in (None, KNOWN_TOWERS[tower]["image_size"]):  # a tower of another size under a known name
+            return True
     return isinstance(text, dict) and bool(config.get("tie_word_embeddings")) and "tie_word_embeddings" not in text
 
 
@@ -204,7 +210,7 @@ def _paddle_cache() -> Path:
 def _from_paddle(names: List[str], weights: bool = True) -> Path:
     cache, store = _paddle_cache(), "PaddleNLP's model store"
     for name in names:
-        if _is_complete(cache / name):
+        if _is_complete(cache / name, weights):
             return cache / name
     for name in names:
         if _put_there_by_hand(cache / name):
@@ -248,8 +254,8 @@ def _fetch_from_paddle(name: str, cache: Path, weights: bool) -> bool:
         return place
 
     files = _fetch_known(name, "PaddleNLP's model store", fetch, weights)
-    if {*WEIGHT_FILES, *ADAPTER_FILES} & set(files):
-        write_json(cache / name / _COMPLETE, {"files": files})
+    if files and (not weights or {*WEIGHT_FILES, *ADAPTER_FILES} & set(files)):
+        write_json(cache / name / _COMPLETE, {"files": files, "weights": weights})
     return bool(files)
 
 
@@ -318,11 +324,14 @@ def _fetch_known(name: str, store: str, fetch: Callable[[str], Optional[Path]], 
     return files + [file for file in ADAPTER_FILES if fetch(file)]
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, weights: bool) -> bool:
     marker = folder / _COMPLETE
     if not marker.is_file():
         return False
-    files = read_json(marker).get("files")
+    known = read_json(marker)
+    if weights and not known.get("weights", True):
+        return False
+    files = known.get("files")
     return isinstance(files, list) and all((folder / str(file)).is_file() for file in files)
 
 

@@ -353,6 +353,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         refuse_unbuilt("A forward", asked, _FORWARD_ASKS_FOR_NOTHING, given)
         input_ids, attention_mask = _tensor("input_ids", input_ids), _tensor("attention_mask", attention_mask)
         pixel_values, labels = _tensor("pixel_values", pixel_values), _tensor("labels", labels)
+        position_ids, segment_ids = _tensor("position_ids", position_ids), _tensor("segment_ids", segment_ids)
+        inputs_embeds = _tensor("inputs_embeds", inputs_embeds)
         beside = {"labels": labels, "position_ids": position_ids, "segment_ids": segment_ids}
         if inputs_embeds is None:
             self._check_prompts(input_ids, attention_mask)
