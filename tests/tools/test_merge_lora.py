@@ -1,5 +1,6 @@
 """Merging an adapter into its base."""
 
+import errno
 import json
 import shutil
 
@@ -189,7 +190,7 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(room, tmp_path, monk
     (output / "model.safetensors").write_text("old")
 
     def full(*args, **kwargs):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_model", full)
     with pytest.raises(OSError) as caught:
