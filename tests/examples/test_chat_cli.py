@@ -147,6 +147,15 @@ def test_several_pictures_go_with_the_first_question(folder, tmp_path, capsys):
 # ---- a terminal ----
 
 
+def ends_well(child):
+    """Ctrl-D at the prompt."""
+    child.sendeof()
+    child.expect_exact("exit...")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_a_terminal(tmp_path, environment):
     # deep enough that an answer is still being written when it is stopped
     folder = chat_models.save(
@@ -209,11 +218,7 @@ def test_a_terminal(tmp_path, environment):
         child.send("/save chat.json\r")
         child.expect_exact("Saved 2 rounds")
         child.expect_exact("USER: ")
-        child.sendeof()
-        child.expect_exact("exit...")
-        child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
+        ends_well(child)
     finally:
         child.close(force=True)
     rounds = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))["rounds"]
@@ -238,11 +243,7 @@ def test_a_terminal_that_cannot_move_its_cursor(folder, tmp_path, environment, k
             child.send("Why?\n")
             child.expect_exact("ASSISTANT: ")
             child.expect_exact("USER: ")
-        child.sendeof()  # right at the prompt
-        child.expect_exact("exit...")
-        child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
+        ends_well(child)  # right at the prompt
     finally:
         child.close(force=True)
 

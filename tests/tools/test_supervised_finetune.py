@@ -790,7 +790,7 @@ def test_sigterm_saves_first(room, tmp_path):
 
 
 def test_ranks_whose_launcher_is_gone_save_and_stop(room, tmp_path):
-    config = configure(room, tmp_path / "out", max_steps=100_000, save_steps=100_000, per_device_train_batch_size=2)
+    config = configure(room, tmp_path / "out", max_steps=20_000, save_steps=20_000, per_device_train_batch_size=2)
     launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
     process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
     log = tmp_path / "out" / "train_log.jsonl"
