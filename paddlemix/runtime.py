@@ -22,7 +22,7 @@ logger = logging.getLogger("paddlemix.runtime")
 
 CPU_INFO = Path("/proc/cpuinfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-NVIDIA_DRIVER = Path("/dev/nvidiactl")
+NVIDIA_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of Linux, and of Linux under Windows
 
 
 def prepare_cpu() -> List[str]:
@@ -54,7 +54,7 @@ def prepare_cpu() -> List[str]:
         wanted["OPENBLAS_THREAD_TIMEOUT"] = "20"
     if _cpu_vendor() == "AuthenticAMD":
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"
-    if not NVIDIA_DRIVER.exists():
+    if os.name == "posix" and not any(driver.exists() for driver in NVIDIA_DRIVERS):
         wanted["FLAGS_use_stride_kernel"] = "0"
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changed)

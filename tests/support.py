@@ -1,4 +1,4 @@
-"""Real parts that tests need and that are too large for the repository, taken from packages that the test extra installs."""
+"""Real parts that tests need and that are too large for the repository, taken from packages that ``make test`` installs."""
 
 import json
 import shutil

@@ -51,7 +51,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(runtime, "CONTAINER_LIMIT", tmp_path / "cpu.max")
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
         driver = tmp_path / "nvidiactl"
-        monkeypatch.setattr(runtime, "NVIDIA_DRIVER", driver)
+        monkeypatch.setattr(runtime, "NVIDIA_DRIVERS", (driver,))
         driver.touch() if nvidia else driver.unlink(missing_ok=True)
         if limit is not None:
             (tmp_path / "cpu.max").write_text(limit + "\n")

@@ -95,7 +95,7 @@ class LlavaProcessor:
         folder_or_name: Union[str, Path],
         config: Optional["LlavaConfig"] = None,
         image_aspect_ratio: Optional[str] = None,
-        adapter: Optional[Path] = None,
+        adapter: Union[str, Path, None] = None,
         **asked,
     ) -> "LlavaProcessor":
         """Opens the tokenizer and the image processor of a checkpoint.
@@ -104,7 +104,7 @@ class LlavaProcessor:
             folder_or_name: whatever ``LlavaLlamaForCausalLM.from_pretrained`` opens.
             config: instead of the checkpoint's own, for a training that changes it.
             image_aspect_ratio: instead of the checkpoint's own.
-            adapter: folder of a LoRA adapter that goes over the checkpoint. What it holds of config, tokenizer, chat
+            adapter: folder or name of a LoRA adapter that goes over the checkpoint. What it holds of config, tokenizer, chat
                 template and image processor is what it was trained with, and used instead.
             asked: ``use_fast``, as Hugging Face's callers write it, has nothing to choose between.
 
@@ -116,6 +116,7 @@ class LlavaProcessor:
         from paddlemix.models.llava import checkpoint
 
         folder = resolve_small(folder_or_name)
+        adapter = None if adapter is None else resolve_small(adapter)
         config = checkpoint.read_config(folder, adapter) if config is None else config
         if image_aspect_ratio not in (None, config.image_aspect_ratio):
             config = deepcopy(config)

@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddlemix.errors import UserError, naming
-from paddlemix.tools.command_line import Parser, exit_status
+from paddlemix.tools.command_line import Parser, choose_dtype, exit_status
 
 logger = logging.getLogger("paddlemix.evaluate")
 
@@ -258,7 +258,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="rows to evaluate, from the first [all]")
     parser.add_argument("--output_file", help="where to write the predictions, as JSON lines")
     parser.add_argument("--conv_mode", help="conversation template [the checkpoint's]")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 [what the device computes in]")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 [the best of the device; on a CPU float32]")
     parser.add_argument("--blank_image", action="store_true", help="show a gray picture in place of each")
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "limit"):
@@ -281,12 +281,15 @@ def run(arguments: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
             raise UserError(f"--output_file is {arguments.output_file}, which can't be written; name another file.")
         if output.exists() and output.samefile(os.path.expanduser(arguments.data_file)):
             raise UserError(f"--output_file is {arguments.output_file}, which is the data file; name another file.")
+    import paddle
+
     from paddlemix import LlavaLlamaForCausalLM, LlavaProcessor
     from paddlemix.models.llava.lean import on_cpu
 
     if arguments.dtype == "float16" and on_cpu():
         raise UserError("--dtype is float16, which Paddle doesn't have on CPU; use float32 or bfloat16.")
-    model = LlavaLlamaForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+    dtype = arguments.dtype if on_cpu() else choose_dtype(arguments.dtype, paddle.device.get_device())
+    model = LlavaLlamaForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=dtype)
     processor = LlavaProcessor.from_pretrained(arguments.model_name_or_path)
     answers = predict(
         model,

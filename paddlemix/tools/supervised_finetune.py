@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         if needed and not entries[split]:
             raise UserError(f"{key} is on, but dataset has no {split} entry; add one, or set {key} to false.")
 
-    if args.device == "cpu" and any(kind.value in ("stage2", "stage3") for kind in args.sharding):
+    if args.device == "cpu" and any(kind.value == "stage2" for kind in args.sharding):
         raise UserError(f"sharding is {settings['sharding']!r}, which Paddle has on GPUs only; on CPUs use stage1.")
     parts = build(args, settings, entries, plan)
     before = begin(args, settings, plan, data_files)

@@ -48,7 +48,7 @@ def estimate_memory(
         float32_gradients: ``amp_master_grad``.
         compute_dtype: of activations; default that of the weights.
         lora_dropout: adapters with dropout are in the model.
-        shards: devices that the run is split over, and ``sharding`` how: stage1, stage2, stage3 or empty.
+        shards: devices that the run is split over, and ``sharding`` how: stage1, stage2 or empty.
     """
     weights = gradients = optimizer = 0
     dtype = "float32"
@@ -64,7 +64,6 @@ def estimate_memory(
     if sharding:
         optimizer //= shards
         gradients //= 1 if sharding == "stage1" else shards
-        weights //= shards if sharding == "stage3" else 1
 
     unit = _BYTES.get(compute_dtype or dtype, 4)
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -87,7 +87,8 @@ def load_optimizer(optimizer: Any, model: nn.Layer, path: Path) -> None:
         if not structured:
             state[suffix] = tensor
         elif suffix == MASTER:
-            masters[paddle_names[structured]] = tensor
+            tensor.name = paddle_names[structured]  # by which stage 2 of sharding finds the moments
+            masters[tensor.name] = tensor
         else:
             state[f"{paddle_names[structured]}_{suffix}"] = tensor
     if masters:

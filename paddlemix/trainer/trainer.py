@@ -33,7 +33,7 @@ from paddlemix.trainer.callbacks import LogFileCallback, MetricsFileCallback, Pr
 from paddlemix.trainer.evaluation import evaluate_answers, evaluate_loss
 from paddlemix.trainer.freezing import named_model_parameters, part_of
 from paddlemix.trainer.noise import EmbeddingNoise
-from paddlemix.trainer.optimizer_state import load_optimizer, save_optimizer, to_numpy, to_tensor
+from paddlemix.trainer.optimizer_state import load_optimizer, save_optimizer
 from paddlemix.trainer.run_folder import (
     PARTIAL,
     publish,
@@ -94,10 +94,6 @@ class LlavaTrainer(Trainer):
             args.pad_token_id = processor.pad_token_id  # what count_trained_tokens leaves out
         if data_collator is None:
             data_collator = LlavaCollator(processor.pad_token_id if processor is not None else 0)
-        if ShardingOption.FULL_SHARD in args.sharding and args.eval_with_do_generation:
-            raise UserError(
-                "eval_with_do_generation doesn't go with sharding stage3, whose devices must step together; use stage2."
-            )
         metrics_path, args.metrics_output_path = args.metrics_output_path, None
         super().__init__(
             model=model,
@@ -241,18 +237,17 @@ class LlavaTrainer(Trainer):
         if self.noise is not None:
             noise = self.noise.on(batch["attention_mask"], batch.get("segment_ids"))
         with bfloat16_products() if self.args.bfloat16_products else contextlib.nullcontext():
-            with noise, self.autocast_smart_context_manager():
+            with noise, self._whole_graph(batch), self.autocast_smart_context_manager():
                 output = model(**batch, loss_reduction="sum")
                 loss = output.loss * (self._ranks / total)
-                if self._ranks > 1 and batch.get("pixel_values") is None:
-                    loss = loss + self._no_picture_term()
             (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
         packed = batch.get("segment_ids")
         self.trained_samples += len(batch["input_ids"]) if packed is None else int(packed.max(axis=1).sum())
         if step_control + 1 == self.args.gradient_accumulation_steps:
             self._tokens_seen += total
             self._complete_gradients()
-            if self._ranks > 1 and not self.args.use_hybrid_parallel:
+            # with amp_master_grad the loop averages
+            if self._ranks > 1 and not self.args.use_hybrid_parallel and not self.args.amp_master_grad:
                 self._average_gradients()
         loss = loss.detach()
         if output.label_logits is not None and not self.args.fp16:
@@ -276,21 +271,43 @@ class LlavaTrainer(Trainer):
         random.seed(seed)
         np.random.seed(seed)
 
-    def _no_picture_term(self) -> paddle.Tensor:
-        """Nothing, computed from a blank picture: where ranks sum gradients together, each needs the same ones."""
+    @contextlib.contextmanager
+    def _whole_graph(self, batch: Dict[str, Any]):
+        """One forward whose graph holds every trained parameter, on several ranks.
+
+        Where ranks sum gradients together, each needs the same ones, and sharding's stage 2, which sums each as soon as the
+        backward pass has it, needs them in the same order. So what a batch without pictures doesn't use is computed from a
+        blank one and, times 0, added to the embeddings, where pictures come in as well.
+        """
         inner = self._inner_model
-        if inner.config.vision is None:
-            return paddle.zeros([])
         trained = {part_of(name) for name, value in named_model_parameters(self.model) if not value.stop_gradient}
-        if not trained & {"projector", "vision tower"}:
-            return paddle.zeros([])
-        side = inner.config.vision.image_size
+        if self._ranks <= 1 or not trained & {"projector", "vision tower"}:
+            yield
+            return
+
+        def add(layer, inputs, embeddings):
+            terms = self._blank_features() if batch.get("pixel_values") is None else []
+            newline = inner.llama.image_newline
+            if newline is not None and not newline.stop_gradient:  # pictures of some shapes go without it
+                terms.append(newline)
+            if not terms:
+                return embeddings
+            nothing = sum(term.astype("float32").sum() for term in terms) * 0.0
+            return embeddings + nothing.astype(embeddings.dtype)
+
+        hook = inner.llama.embed_tokens.register_forward_post_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _blank_features(self) -> List[paddle.Tensor]:
         from paddlemix.models.llava.anyres import num_tiles
 
-        tiles = num_tiles((side, side), inner.config)
-        blank = paddle.zeros([tiles, 3, side, side])
-        features = inner.encode_images(blank, paddle.to_tensor([[side, side]]))
-        return sum(feature.astype("float32").sum() for feature in features) * 0.0
+        inner = self._inner_model
+        side = inner.config.vision.image_size
+        blank = paddle.zeros([num_tiles((side, side), inner.config), 3, side, side])
+        return list(inner.encode_images(blank, paddle.to_tensor([[side, side]])))
 
     def _trained(self) -> List[paddle.Tensor]:
         return [parameter for _, parameter in named_model_parameters(self.model) if not parameter.stop_gradient]
@@ -300,9 +317,11 @@ class LlavaTrainer(Trainer):
         none.
 
         The optimizer passes over a parameter without one, but moves one whose gradient is 0. Which of the two a parameter
-        has would depend on whether an earlier step of this process used it, so on where a run was stopped. Sharded runs
-        average in the optimizer, and need the gradients complete.
+        has would depend on whether an earlier step of this process used it, so on where a run was stopped. Stage 1 of sharding
+        averages in the optimizer, and needs the gradients complete; stage 2 has none where another rank keeps them.
         """
+        if ShardingOption.SHARD_GRAD_OP in self.args.sharding:
+            return
         for parameter in self._trained():
             if self.args.amp_master_grad:
                 if getattr(parameter, "main_grad", None) is None:
@@ -614,8 +633,6 @@ class LlavaTrainer(Trainer):
 
     def _write_model(self, folder: Path) -> None:
         """Weights, config, tokenizer and image processor; called by all ranks."""
-        if ShardingOption.FULL_SHARD in self.args.sharding and self.model_wrapped is not self.model:
-            self.model_wrapped.get_all_parameters(convert2cpu=True)
         if self.args.should_save:
             save_trained_weights(self.model, folder)
             if self.processor is not None:
@@ -682,7 +699,7 @@ class LlavaTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Optional[List[str]] = None, metric_key_prefix: str = "eval"
     ) -> Dict[str, float]:
         """``eval_loss`` per supervised token, ``eval_token_accuracy``, and with ``eval_with_do_generation`` what
-        ``metrics.score_answers`` gives; the answers go into ``eval_predictions-STEP.jsonl``.
+        ``evaluation.evaluate_answers`` gives; the answers go into ``eval_predictions-STEP.jsonl``.
         """
         self._memory_tracker.start()
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -693,7 +710,7 @@ class LlavaTrainer(Trainer):
         try:
             with paddle.no_grad(), self._evaluation_precision():
                 metrics = evaluate_loss(
-                    self.model_wrapped if ShardingOption.FULL_SHARD in args.sharding else self.model,
+                    self.model,
                     self._watched(loader),
                     sum_over_ranks=self._sum_over_ranks,
                     read_every=args.eval_accumulation_steps,
@@ -761,17 +778,15 @@ def _read_json(path: Path) -> Dict[str, Any]:
 
 
 def _plain(state: Dict[str, Any]) -> Dict[str, Any]:
-    """A GradScaler's state as JSON: tensors as their numbers."""
+    """A GradScaler's state as JSON: arrays as their numbers."""
     return {
-        key: {"dtype": to_numpy(value)[0], "values": value.tolist()} if isinstance(value, paddle.Tensor) else value
+        key: {"dtype": str(value.dtype), "values": value.tolist()} if isinstance(value, np.ndarray) else value
         for key, value in state.items()
     }
 
 
 def _arrays(state: Dict[str, Any]) -> Dict[str, Any]:
     return {
-        key: to_tensor(value["dtype"], np.asarray(value["values"], value["dtype"]))
-        if isinstance(value, dict)
-        else value
+        key: np.asarray(value["values"], value["dtype"]) if isinstance(value, dict) else value
         for key, value in state.items()
     }

@@ -42,6 +42,15 @@ def test_the_layer_of_the_tower_and_its_epsilon(tmp_path):
         LlavaConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_flash_attention_is_read_from_every_layout(tmp_path, nested):
+    asked = {"use_flash_attention": True}
+    write_json(
+        tmp_path / "config.json", {**tiny.CONFIGS["llava"], **asked} if nested else flat_config("llava", **asked)
+    )
+    assert LlavaConfig.from_pretrained(tmp_path).use_flash_attention
+
+
 def test_end_tokens_of_generation_config(tmp_path):
     write_json(tmp_path / "config.json", flat_config("llava"))
     path = tmp_path / "generation_config.json"

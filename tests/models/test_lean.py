@@ -132,3 +132,48 @@ def test_attention_of_packed_rows(monkeypatch, rows, block):
     check(lambda query, key, value: attention.attend(query, key, value, mask=mask), formula, query, key, value)
     if rows == 1:  # no product with what another segment holds
         assert all(low == ids[0].tolist().index(ids[0, start]) for start, _, low, _ in mask.blocks(12, 12))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("queries", [14, 5, 1])
+@pytest.mark.parametrize("padded", [True, False])
+def test_paddles_fused_attention_sees_the_same(groups, queries, padded):
+    """Also behind a cache, where the queries are the last of the keys (GPU runs only take it; its math is here)."""
+    query, key, value = tensor(2, 4, queries, 8), tensor(2, groups, 14, 8, seed=1), tensor(2, groups, 14, 8, seed=2)
+    padding = np.zeros((2, 1, 1, 14), "float32")
+    padding[1, ..., :3] = -1e9
+    bias = paddle.to_tensor(padding) if padded else None
+
+    def attend(flash):
+        def attended(query, key, value):
+            mask = attention.AttentionMask(causal=True, bias=bias)
+            # rows at padding hold no meaning
+            return attention.attend(query, key, value, mask=mask, flash=flash)[:, :, -min(queries, 11) :]
+
+        return attended
+
+    check(attend(True), attend(False), query, key, value)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_attention_of_two_types(flash):
+    """As level O1 of mixed precision gives them: queries, keys and bias in another type than the values."""
+    query, key, value = tensor(2, 4, 6, 8), tensor(2, 2, 6, 8, seed=1), tensor(2, 2, 6, 8, seed=2)
+    bias = paddle.to_tensor([[[[-1e9, 0, 0, 0, 0, 0]]], [[[0.0] * 6]]])
+
+    def ours(query, key, value):
+        wide, mask = value.astype("float64"), attention.AttentionMask(causal=True, bias=bias)
+        context = attention.attend(query, key, wide, mask=mask, flash=flash)
+        assert context.dtype == paddle.float64
+        return context.astype("float32")[:, :, 1:]
+
+    def formula(query, key, value):
+        mask = attention.AttentionMask(causal=True, bias=bias)
+        return attention.attend(query, key, value, mask=mask)[:, :, 1:]
+
+    check(ours, formula, query, key, value)
+
+
+def test_a_bias_in_float16_stays_finite():
+    narrow = attention._bias_in(paddle.to_tensor([0.0, -1e9]), paddle.float16)
+    assert np.isfinite(narrow.numpy()).all() and narrow.numpy()[1] < -1e4

@@ -8,6 +8,7 @@ import pytest
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava import onednn
+from paddlemix.trainer import arguments
 from paddlemix.trainer.arguments import FinetuneArguments, check_device, read_settings
 
 SHIPPED = Path(__file__).parents[2] / "paddlemix" / "config" / "llava"
@@ -165,6 +166,8 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"pipeline_parallel_degree": 4}, ["pipeline_parallel_degree", "sharding"]),
         ({"unified_checkpoint": True}, ["unified_checkpoint", "remove the key"]),
         ({"sharding": "stage4"}, ["sharding", "stage1"]),
+        ({"sharding": "stage3"}, ["sharding", "'stage3'", "use stage2"]),
+        ({"sharding": "stage2 offload"}, ["sharding", "offload", "use stage2"]),
         ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),
         ({"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True}, ["freeze_mm_mlp_adapter"]),
         ({"tune_mm_mlp_adapter": True, "lora": True}, ["lora"]),
@@ -304,6 +307,32 @@ def test_shards_divide_the_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 2))
     with pytest.raises(UserError, match="sharding_parallel_degree is 8, but the run has 2 processes"):
         FinetuneArguments(**settings(tmp_path, sharding="stage1", sharding_parallel_degree=8))
+
+
+def test_stage2_with_master_gradients_shards_over_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "check_device", lambda settings: "gpu")
+    monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 4))
+    with pytest.raises(UserError, match="sharding_parallel_degree is 2 of 4 processes"):
+        FinetuneArguments(
+            **settings(tmp_path, sharding="stage2", sharding_parallel_degree=2, bf16=True, amp_master_grad=True)
+        )
+
+
+def test_what_gpu_runs_ask_for(tmp_path, monkeypatch, caplog):
+    """As far as it can be told without one."""
+    monkeypatch.setattr(arguments, "default_device", lambda: "gpu")
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="device is gpu:2, but there are 2 GPUs"):
+        check_device({"device": "cuda:2"})
+    assert check_device({"device": "cuda:1", "fp16": True}) == "gpu:1"
+
+    args = FinetuneArguments(**settings(tmp_path, fp16=True, amp_master_grad=True))
+    assert not args.amp_master_grad and "amp_master_grad is off" in caplog.text
+
+    monkeypatch.setattr(FinetuneArguments, "_check_shards", lambda self: None)
+    monkeypatch.setattr(arguments.TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 2))
+    assert FinetuneArguments(**settings(tmp_path, device="gpu:0")).device == "gpu"  # or both would compute on the first
 
 
 def test_training_is_the_default_unless_only_evaluation_is_asked(tmp_path):

@@ -1,5 +1,7 @@
 """The optimizer's state on disk."""
 
+import json
+
 import numpy as np
 import paddle
 import pytest
@@ -7,6 +9,7 @@ from paddle import nn
 
 from paddlemix.errors import UserError
 from paddlemix.models.llava.tensor_files import open_tensor_file
+from paddlemix.trainer import trainer
 from paddlemix.trainer.adapters import add_lora
 from paddlemix.trainer.freezing import select_trained
 from paddlemix.trainer.optimizer_state import load_optimizer, save_optimizer, to_numpy, to_tensor
@@ -90,3 +93,15 @@ def test_half_precision_keeps_its_bits():
         back = to_tensor(name, array)
         assert back.dtype == values.dtype
         np.testing.assert_array_equal(back.astype("float32").numpy(), values.astype("float32").numpy())
+
+
+def test_the_loss_scale_of_float16_comes_back():
+    """As AmpScaler's state goes into progress.json: its scale is an array."""
+    state = {
+        "scale": np.array([32768.0], "float32"),
+        "incr_ratio": 2.0,
+        "incr_count": 7,
+        "use_dynamic_loss_scaling": True,
+    }
+    again = trainer._arrays(json.loads(json.dumps(trainer._plain(state))))
+    assert again == state and again["scale"].dtype == "float32" and again["scale"][0] == 32768.0

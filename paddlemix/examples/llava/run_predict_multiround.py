@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run by its path, from a clone that is not insta
 from paddlemix.errors import UserError
 from paddlemix.examples.llava.terminal import for_terminal, one_interrupt, open_reader
 from paddlemix.runtime import device_name, prepare_cpu, quiet_start
-from paddlemix.tools.command_line import Parser
+from paddlemix.tools.command_line import Parser, choose_dtype, refuse_float16_on_cpu
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -133,13 +133,6 @@ def default_model() -> str:
     return DEFAULT_MODEL
 
 
-def refuse_float16_on_cpu(dtype: Optional[str]) -> None:
-    if dtype == "float16":
-        raise UserError(
-            "Paddle has no float16 on CPU; leave --dtype and --fp16 out, or use --dtype bfloat16 or --device gpu."
-        )
-
-
 # ---- loading ----
 
 
@@ -180,26 +173,6 @@ def choose_device(name: Optional[str]) -> str:
         return paddle.device.set_device(name) and name
     except Exception as error:
         raise UserError(f"--device is {name}, which this PaddlePaddle doesn't have; use cpu or gpu.") from error
-
-
-def choose_dtype(name: Optional[str], device: str) -> str:
-    """The asked dtype, or the best of the device: bfloat16, float16 or float32; on a CPU float32, which is exact."""
-    import paddle
-
-    if device == "cpu":
-        refuse_float16_on_cpu(name)
-        if name == "bfloat16":
-            from paddlemix.models.llava.onednn import have_bfloat16
-
-            if not have_bfloat16():
-                raise UserError("--dtype is bfloat16, which this CPU can't multiply; leave it out for float32.")
-        return name or "float32"
-    supported = {"bfloat16": paddle.amp.is_bfloat16_supported, "float16": paddle.amp.is_float16_supported}
-    if name is None:
-        return next((dtype for dtype, check in supported.items() if check()), "float32")
-    if name in supported and not supported[name]():
-        raise UserError(f"--dtype is {name}, which the device {device} doesn't support; use --dtype float32.")
-    return name
 
 
 def load_chat(args: argparse.Namespace, on_notice: Callable[[str], None]):

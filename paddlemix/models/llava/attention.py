@@ -114,7 +114,7 @@ class AttentionMask:
 
     def dense(self, dtype) -> Optional[paddle.Tensor]:
         """All that bias and segments forbid, broadcastable to [B, 1, T, S]."""
-        bias = self.bias
+        bias = None if self.bias is None else _bias_in(self.bias, dtype)
         if self.segment_ids is not None:
             tokens = self.segment_ids.shape[1]
             apart = self._apart(0, tokens, 0, tokens, dtype)
@@ -134,7 +134,7 @@ class AttentionMask:
         parts = []
         if self.bias is not None:
             rows = self.bias if self.bias.shape[-2] == 1 else self.bias[..., start:stop, :]
-            parts.append(rows[..., low:seen])
+            parts.append(_bias_in(rows[..., low:seen], dtype))
         if self._mixes(start, stop, low):
             parts.append(self._apart(start, stop, low, seen, dtype))
         if self.causal and queries > 1:
@@ -143,6 +143,11 @@ class AttentionMask:
             return None
         bias = sum(parts[1:], parts[0])
         return bias.expand([-1, -1, stop - start, -1]) if bias.shape[-2] == 1 < stop - start else bias
+
+
+def _bias_in(bias: paddle.Tensor, dtype) -> paddle.Tensor:
+    """A bias in the type of the scores; float16 has no -1e9."""
+    return bias if bias.dtype == dtype else paddle.clip(bias, min=masked_score(dtype)).astype(dtype)
 
 
 def _segment_starts(segment_ids: np.ndarray) -> np.ndarray:
@@ -173,6 +178,10 @@ def attend(
         [B, H, T, K]
     """
     mask = mask or AttentionMask()
+    if query.dtype != value.dtype:
+        # under amp's level O1 the rotation, in float32, hands on float32; neither a matmul outside of amp nor a fused kernel
+        # takes two types
+        query, key = query.astype(value.dtype), key.astype(value.dtype)
     if flash:
         return _attend_flash(query, key, value, mask.causal and query.shape[2] > 1, mask.dense(query.dtype))
     if paddle.is_grad_enabled() and not (query.stop_gradient and key.stop_gradient and value.stop_gradient):
@@ -286,11 +295,14 @@ def _add_at(total, more, low, seen, whole):
 
 
 def _attend_flash(query, key, value, causal, bias):
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (paddle.repeat_interleave(x, groups, axis=1) for x in (key, value))
-    if bias is not None and causal:
-        bias, causal = bias + causal_bias(query.shape[2], key.shape[2], query.dtype), False
+    batch, heads, queries, _ = query.shape
+    groups, keys = key.shape[1:3]
+    if heads != groups:  # repeat_interleave has no float16 on a GPU
+        key, value = (x.unsqueeze(2).expand([-1, -1, heads // groups, -1, -1]).flatten(1, 2) for x in (key, value))
+    if causal and (bias is not None or queries != keys):
+        # of fewer queries than keys, Paddle's is_causal puts the first one at the first key
+        future = causal_bias(queries, keys, query.dtype).unsqueeze([0, 1]).expand([batch, -1, -1, -1])
+        bias, causal = future if bias is None else bias + future, False
     query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
     return context.transpose([0, 2, 1, 3])

@@ -76,7 +76,7 @@ class TurnStats:
         new_tokens: tokens of the answer, its end token included.
         seconds_to_first_token, seconds: from the question to the first and to the last token.
         mean_token_probability: geometric mean of the probabilities that the model gave to the answer's tokens
-            (temperature 1, nothing cut); 0 without tokens.
+            (after the repetition penalty; temperature 1, nothing cut); 0 without tokens.
         finish_reason: ``stop`` (end token or stop string), ``length`` (max_new_tokens or the context is full) or
             ``interrupted``.
     """

@@ -2,7 +2,7 @@
 
 The keys are those of the original release's ``config.json`` (``mm_*``, ``image_*`` and LLaMA's own), which the
 toolkit uses too; ``vision_config`` holds the sizes of the CLIP tower, and ``conversation_template`` the name of
-the template that the weights were trained with. Hugging Face's nested layout is translated by ``checkpoint.py``.
+the template that the weights were trained with. Hugging Face's nested layout is translated by ``published_configs.py``.
 """
 
 import ast
@@ -232,7 +232,7 @@ class LlavaConfig(PretrainedConfig):
         super().save_pretrained(folder_to_write(save_directory), **kwargs)
 
     def validate(self) -> None:
-        """Refuses what the model can't honour; called by the constructor and before a save."""
+        """Refuses what the model can't honour; called by the constructor and before a model is saved."""
 
         def one_of(name: str, allowed) -> None:
             if getattr(self, name) not in allowed:

@@ -337,7 +337,7 @@ def beam_search(
     """
     prompts, beams, eos = len(prompt_ids), settings.num_beams, set(settings.eos_token_ids)
     cache.reorder(paddle.to_tensor(np.repeat(np.arange(prompts), beams)))
-    logits = paddle.repeat_interleave(logits, beams, axis=0)
+    logits = paddle.repeat_interleave(logits.astype("float32"), beams, axis=0)  # which has no float16 on a GPU
     totals = np.full((prompts, beams), -np.inf)
     totals[:, 0] = 0.0  # all beams of a prompt are the same at first
     ids = [[[] for _ in range(beams)] for _ in range(prompts)]

@@ -67,8 +67,7 @@ class LlavaOutput(tuple):
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: [B, T, V]; where labels were given they are computed when first read, as training needs them at the
-            labelled positions only.
+        logits: [B, T, V], computed when first read: training needs them at the labelled positions only.
         hidden_states: [B, T, D] after the last norm.
         label_logits, label_ids: [K, V] and [K] at the K positions that were trained, where labels were given.
 
@@ -130,8 +129,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
 
     Example:
 
-        model = LlavaLlamaForCausalLM.from_pretrained("llava-v1.5-7b")
-        processor = LlavaProcessor.from_pretrained("llava-v1.5-7b")
+        model = LlavaLlamaForCausalLM.from_pretrained("paddlemix/llava/llava-v1.5-7b")
+        processor = LlavaProcessor.from_pretrained("paddlemix/llava/llava-v1.5-7b")
         batch = processor(text="USER: <image>\\nWhat is this? ASSISTANT:", images=picture)
         ids, scores = model.generate(**batch, max_new_tokens=64)
     """
@@ -209,8 +208,8 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         Args:
             config: replaces the checkpoint's; its sizes must fit the weights.
             dtype: float32, float16 or bfloat16; default: the checkpoint's on a GPU, float32 on a CPU. There bfloat16 takes
-                half of the memory, and less time on processors that multiply in it (AVX512_BF16); it answers under
-                ``paddle.no_grad()`` only, as ``generate`` and a chat do. float16 can be opened and saved.
+                half of the memory, and less time on processors that multiply in it (AVX512_BF16); it can't
+                learn. float16 can be opened and saved.
             lora_path: a LoRA adapter, this project's, PaddleNLP's or PEFT's, that is merged into the weights.
             kwargs: what PaddleNLP's callers pass though it asks for nothing here, such as ``tensor_parallel_degree=1``.
 
@@ -384,7 +383,9 @@ class LlavaLlamaForCausalLM(PretrainedModel):
         targets = labels[:, 1:].flatten()
         places = paddle.nonzero((targets != IGNORE_INDEX) & (targets != IMAGE_TOKEN_INDEX)).flatten()
         if places.shape[0] == 0:
-            return LlavaOutput([hidden.astype("float32").sum() * 0.0, logits], hidden_states=hidden)
+            # 0 of a graph that holds the same parameters as any other batch's, which sharded training needs
+            nothing = self.lm_logits(hidden[:, :1]).astype("float32").sum() * 0.0
+            return LlavaOutput([nothing, logits], hidden_states=hidden)
         chosen = paddle.gather(hidden[:, :-1].flatten(0, 1), places)
         label_ids = paddle.gather(targets, places)
         label_logits = self.lm_logits(chosen)

@@ -160,8 +160,9 @@ def _decoder(raw: Mapping[str, Any], path: Path, mistral: bool, defaults: Mappin
         if not ours:
             logger.info("%s: the context is limited to the sliding window of %d tokens.", path, window)
         values["max_position_embeddings"] = values["sliding_window"] = window
-    if "pad_token_id" in raw:
-        values["pad_token_id"] = raw["pad_token_id"]
+    for key in ("pad_token_id", "use_flash_attention"):
+        if key in raw:
+            values[key] = raw[key]
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if isinstance(dtype, str):
         values["dtype"] = dtype.replace("torch.", "").replace("paddle.", "")
@@ -252,8 +253,9 @@ def read_nested(raw: Mapping[str, Any], path: Path, pads: bool, has_head: Callab
         has_head: whether the weights have an lm_head; asked where the config doesn't settle it.
     """
     text = dict(raw.get("text_config") or {})
-    if "conversation_template" in raw:  # written by this project
-        text["conversation_template"] = raw["conversation_template"]
+    for key in ("conversation_template", "use_flash_attention"):  # written by this project, or by its users
+        if key in raw:
+            text[key] = raw[key]
     text_type = text.get("model_type", "llama")
     if text_type not in _TEXT_TYPES:
         raise UserError(f"{path} has a decoder of model_type {text_type!r}; expected {' or '.join(_TEXT_TYPES)}.")
