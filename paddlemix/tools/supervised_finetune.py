@@ -61,8 +61,7 @@ def run(argv: Sequence[str]) -> int:
         if needed and not entries[split]:
             raise UserError(f"{key} is on, but dataset has no {split} entry; add one, or set {key} to false.")
 
-    if args.device == "cpu" and any(kind.value == "stage2" for kind in args.sharding):
-        raise UserError(f"sharding is {settings['sharding']!r}, which Paddle has on GPUs only; on CPUs use stage1.")
+    refuse_sharding_on_cpu(args)
     parts = build(args, settings, entries, plan)
     before = begin(args, settings, plan, data_files)
     from paddlemix.trainer.run_folder import record_run
@@ -81,6 +80,11 @@ def run(argv: Sequence[str]) -> int:
         if before is not None and not trainer.has_trained and args.should_save:
             record_run(Path(args.output_dir), before)  # so that the command that it holds can still go on
         raise
+
+
+def refuse_sharding_on_cpu(args: Any) -> None:
+    if args.device == "cpu" and any(kind.value == "stage2" for kind in args.sharding):
+        raise UserError("sharding is 'stage2', which Paddle has on GPUs only; on CPUs use stage1.")
 
 
 def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], plan: Any) -> Dict[str, Any]:

@@ -285,21 +285,25 @@ class LlavaTrainer(Trainer):
             yield
             return
 
-        def add(layer, inputs, embeddings):
-            terms = self._blank_features() if batch.get("pixel_values") is None else []
-            newline = inner.llama.image_newline
-            if newline is not None and not newline.stop_gradient:  # pictures of some shapes go without it
-                terms.append(newline)
-            if not terms:
-                return embeddings
-            nothing = sum(term.astype("float32").sum() for term in terms) * 0.0
+        def add_blank(layer, inputs, embeddings):
+            nothing = sum(feature.astype("float32").sum() for feature in self._blank_features()) * 0.0
             return embeddings + nothing.astype(embeddings.dtype)
 
-        hook = inner.llama.embed_tokens.register_forward_post_hook(add)
+        def add_newline(layer, inputs, features):
+            return features + (newline.astype("float32").sum() * 0.0).astype(features.dtype)
+
+        hooks = []
+        if batch.get("pixel_values") is None:
+            hooks.append(inner.llama.embed_tokens.register_forward_post_hook(add_blank))
+        newline = getattr(inner.llama, "image_newline", None)
+        if newline is not None and not newline.stop_gradient:
+            # pictures of some shapes go without it; added before the projector, its gradient is complete after the projector's
+            hooks.append(inner.llama.vision_tower.register_forward_post_hook(add_newline))
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _blank_features(self) -> List[paddle.Tensor]:
         from paddlemix.models.llava.anyres import num_tiles

@@ -721,8 +721,8 @@ def environment():
     return {**os.environ, "FLAGS_paddle_num_threads": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def start(config, launcher=(), **options):
-    command = [sys.executable, *launcher, str(TOOL), config]
+def start(config, launcher=(), tool=TOOL, **options):
+    command = [sys.executable, *launcher, str(tool), config]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -817,15 +817,17 @@ def one_rank(room):
     return output, options
 
 
-@pytest.mark.parametrize("sharding", ["", "stage1"])
+@pytest.mark.parametrize("sharding", ["", "stage1", "stage2"])
 def test_two_ranks_train_to_the_losses_of_one(room, one_rank, tmp_path, sharding):
+    """Stage 2 is on CPUs here (see stage2_on_cpu.py), which a user's run refuses."""
     one, options = one_rank
     two = tmp_path / "two"
     config = configure(
         room, two, per_device_train_batch_size=2, gradient_accumulation_steps=2, sharding=sharding, **options
     )
     launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
+    tool = Path(__file__).with_name("stage2_on_cpu.py") if sharding == "stage2" else TOOL
+    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")], tool=tool)
     text, _ = process.communicate(timeout=240)
     text += "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
     assert process.returncode == 0, text
@@ -845,6 +847,42 @@ def test_two_ranks_train_to_the_losses_of_one(room, one_rank, tmp_path, sharding
             np.testing.assert_allclose(second[file][name], value, atol=1e-5, err_msg=name)
     optimizers = {path.name for path in (two / "checkpoint-4").glob("optimizer*")}
     assert len(optimizers) == (2 if sharding else 1)
+
+
+def test_stage2_sums_in_one_order_whatever_a_batch_holds(room, tmp_path):
+    """Pictures on one rank and none on the other; and a newline feature that pictures padded to squares don't use."""
+    tiny_checkpoint(
+        room / "unpad",
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=[[8, 16], [16, 8]],
+        mm_patch_merge_type="spatial_unpad",
+    )
+    options = dict(
+        model_name_or_path=str(room / "unpad"), image_aspect_ratio="pad", tune_mm_mlp_adapter=True, max_steps=3
+    )
+    assert run([configure(room, tmp_path / "one", per_device_train_batch_size=4, **options)]) == 0
+    config = configure(
+        room,
+        tmp_path / "two",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        sharding="stage2",
+        **options,
+    )
+    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
+    tool = Path(__file__).with_name("stage2_on_cpu.py")
+    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")], tool=tool)
+    text, _ = process.communicate(timeout=240)
+    text += "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
+    assert process.returncode == 0, text
+    one, two = (outcome(tmp_path / name)[0] for name in ("one", "two"))
+    for first, second in zip(one, two):
+        assert first["supervised_tokens"] == second["supervised_tokens"]
+        assert abs(first["loss"] - second["loss"]) < 1e-5
+    one, two = (outcome(tmp_path / name)[1] for name in ("one", "two"))
+    for file in one:
+        for name, value in one[file].items():
+            np.testing.assert_allclose(two[file][name], value, atol=1e-5, err_msg=name)
 
 
 def chat_template(folder, name, **values):
