@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import List, Optional
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("paddlemix.runtime")
 
 CPU_INFO = Path("/proc/cpuinfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-NVIDIA_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of Linux, and of Linux under Windows
+NVIDIA_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of Linux, and of any GPU for Linux under Windows
 
 
 def prepare_cpu() -> List[str]:
@@ -35,7 +36,7 @@ def prepare_cpu() -> List[str]:
       core from Paddle's for the first twenty milliseconds of each turn of a chat.
     - ``MKL_DEBUG_CPU_TYPE=5``, on AMD processors only: the MKL in Paddle's wheel otherwise takes a path of SSE
       instructions there.
-    - ``FLAGS_use_stride_kernel=0``, where there is no NVIDIA device: with views of any stride, which Paddle makes by
+    - ``FLAGS_use_stride_kernel=0``, where Paddle is no build for GPUs or finds no driver of one: with views of any stride, which Paddle makes by
       itself, each transpose is copied later by a kernel that takes thirty times as long.
     - glibc's allocator keeps freed blocks of up to 32 MB: as it comes it gives every tensor of some megabytes back to
       the system at once, and half of the time of an elementwise kernel goes into fresh pages.
@@ -54,11 +55,26 @@ def prepare_cpu() -> List[str]:
         wanted["OPENBLAS_THREAD_TIMEOUT"] = "20"
     if _cpu_vendor() == "AuthenticAMD":
         wanted["MKL_DEBUG_CPU_TYPE"] = "5"
-    if os.name == "posix" and not any(driver.exists() for driver in NVIDIA_DRIVERS):
+    if not _may_have_gpu():
         wanted["FLAGS_use_stride_kernel"] = "0"
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(changed)
     return [f"{name}={value}" for name, value in changed.items()] + _keep_freed_memory()
+
+
+def _may_have_gpu() -> bool:
+    """Asked before Paddle is imported: its package has the build in its name."""
+    return find_distribution("paddlepaddle-gpu") and (
+        os.name != "posix" or any(path.exists() for path in NVIDIA_DRIVERS)
+    )
+
+
+def find_distribution(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def device_name(given: str, flag: str) -> str:

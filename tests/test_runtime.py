@@ -46,12 +46,13 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(runtime, "_physical_cores", lambda allowed: len(allowed))
 
-    def describe(vendor="GenuineIntel", limit=None, nvidia=True):
+    def describe(vendor="GenuineIntel", limit=None, nvidia=True, build="paddlepaddle-gpu"):
         monkeypatch.setattr(runtime, "CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setattr(runtime, "CONTAINER_LIMIT", tmp_path / "cpu.max")
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
         driver = tmp_path / "nvidiactl"
         monkeypatch.setattr(runtime, "NVIDIA_DRIVERS", (driver,))
+        monkeypatch.setattr(runtime, "find_distribution", lambda name: build == name)
         driver.touch() if nvidia else driver.unlink(missing_ok=True)
         if limit is not None:
             (tmp_path / "cpu.max").write_text(limit + "\n")
@@ -80,6 +81,11 @@ def test_the_allocator_keeps_what_is_freed():
 def test_views_are_copied_at_once_where_there_is_no_gpu(machine):
     assert "FLAGS_use_stride_kernel=0" not in runtime.prepare_cpu()
     machine(nvidia=False)
+    assert "FLAGS_use_stride_kernel=0" in runtime.prepare_cpu()
+
+
+def test_a_build_for_cpus_computes_there_whatever_the_machine_has(machine):
+    machine(build="paddlepaddle")
     assert "FLAGS_use_stride_kernel=0" in runtime.prepare_cpu()
 
 

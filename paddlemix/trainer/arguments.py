@@ -29,8 +29,8 @@ __all__ = ["SECRETS", "FinetuneArguments", "check_device", "configuration_file",
 # Keys of PaddleNLP's TrainingArguments that steer an engine this tool doesn't have; each with what serves instead.
 # They may stand in a file at their default, which is what most files that hold them say.
 NOT_BUILT = {
-    "tensor_parallel_degree": 'use sharding instead: "sharding": "stage2" splits gradients and optimizer over the devices',
-    "pipeline_parallel_degree": 'use sharding instead: "sharding": "stage2" splits gradients and optimizer over the devices',
+    "tensor_parallel_degree": 'use sharding instead: "sharding": "stage2" (on CPUs "stage1") splits what training keeps',
+    "pipeline_parallel_degree": 'use sharding instead: "sharding": "stage2" (on CPUs "stage1") splits what training keeps',
     "sep_parallel_degree": "use sharding and recompute instead",
     "context_parallel_degree": "use sharding and recompute instead",
     "expert_parallel_degree": "LLaVA has no experts",
@@ -225,7 +225,11 @@ class FinetuneArguments(TrainingArguments):
     def __post_init__(self):
         self.device = check_device(vars(self))
         if self.world_size > 1:
-            self.device = self.device.partition(":")[0]  # each process has its own, which the launcher says
+            self.device, _, number = self.device.partition(":")
+            if number:
+                logger.warning(
+                    "device names number %s, but the launcher gives each process its own; use its --gpus.", number
+                )
         # Paddle's autocast has no bfloat16 on a CPU; the products compute in it by themselves, at O1 and O2 alike
         self.bfloat16_products = self.bf16 and self.device.startswith("cpu") and self.fp16_opt_level != "O0"
         if self.device.startswith("cpu"):
@@ -253,10 +257,6 @@ class FinetuneArguments(TrainingArguments):
         if at_the_end:
             self.do_eval = False  # or PaddleNLP makes the strategy steps
         self._check_shards()
-        if self.fp16 and self.amp_master_grad and not self.sharding:
-            # Paddle's loss scaling looks for infinities in the gradients that amp_master_grad leaves empty
-            logger.warning("amp_master_grad is off: with fp16 Paddle scales its gradients under sharding only.")
-            self.amp_master_grad = False
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
         elif self.report_to is None:  # PaddleNLP would fail where VisualDL isn't installed
@@ -265,6 +265,12 @@ class FinetuneArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(" ".join(str(error).split()).replace("--", "")) from error
+        if self.fp16 and self.amp_master_grad and not self.use_hybrid_parallel:
+            # Paddle's loss scaling looks for infinities in the gradients that amp_master_grad leaves empty
+            logger.warning(
+                "amp_master_grad is off, since Paddle can't scale its gradients with fp16; use bf16, or set it to false."
+            )
+            self.amp_master_grad = False
         self.do_eval = self.do_eval or at_the_end
         self.unified_checkpoint = False
         if self.eval_with_do_generation and not (self.do_eval or self.do_predict):
@@ -286,7 +292,11 @@ class FinetuneArguments(TrainingArguments):
                 f"sharding_parallel_degree is {degree}, but the run has {ranks} processes; expected a divisor of their "
                 "number, or leave the key out to shard over all of them."
             )
-        elif "stage2" in self.sharding and self.amp_master_grad and 1 < degree < ranks:
+        elif ranks > 1 and ("stage3" in self.sharding or "offload" in self.sharding):
+            raise UserError(
+                f"sharding is {self.sharding!r}, which this tool doesn't have; use stage2, on CPUs stage1, and recompute."
+            )
+        elif "stage2" in self.sharding and self.amp_master_grad and (self.bf16 or self.fp16) and 1 < degree < ranks:
             raise UserError(
                 f"sharding_parallel_degree is {degree} of {ranks} processes, but Paddle's stage2 with amp_master_grad shards "
                 "over all of them; leave the key out, or use stage1."
@@ -369,8 +379,8 @@ def check_device(settings: Dict[str, Any]) -> str:
         raise UserError(f"device is {device!r}, which this Paddle doesn't have; expected one of {', '.join(have)}.")
     index = device.partition(":")[2]
     if kind == "gpu" and index and int(index) >= paddle.device.cuda.device_count():
-        gpus = paddle.device.cuda.device_count()
-        raise UserError(f"device is {device}, but there are {gpus} GPUs, numbered from 0.")
+        last = paddle.device.cuda.device_count() - 1
+        raise UserError(f"device is {device}, but the last GPU here is gpu:{last}.")
     if settings.get("fp16") and kind == "cpu":
         raise UserError("fp16 is true, but Paddle has no float16 on a CPU; use bf16 or a GPU instead.")
     for half in ("bf16_full_eval", "fp16_full_eval"):
@@ -601,11 +611,6 @@ def _check(settings: Dict[str, Any]) -> None:
     shards = settings.get("sharding", "").split()
     if shards and (shards[0] not in [kind.value for kind in ShardingOption][:3] or shards[1:] not in ([], ["offload"])):
         raise UserError(f"sharding is {settings['sharding']!r}; expected stage1 or stage2.")
-    if shards[:1] == ["stage3"] or shards[1:]:
-        raise UserError(
-            f"sharding is {settings['sharding']!r}, which this tool doesn't have; use stage2, which splits gradients and "
-            "optimizer over the devices, and recompute."
-        )
     for first, second in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
         if settings.get(first) and settings.get(second):
             raise UserError(f"{first} and {second} are both true; set one of them to false.")

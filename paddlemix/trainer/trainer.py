@@ -280,17 +280,15 @@ class LlavaTrainer(Trainer):
         blank one and, times 0, added to the embeddings, where pictures come in as well.
         """
         inner = self._inner_model
-        trained = {part_of(name) for name, value in named_model_parameters(self.model) if not value.stop_gradient}
-        if self._ranks <= 1 or not trained & {"projector", "vision tower"}:
+        if self._ranks <= 1 or not self._trains_pictures():
             yield
             return
 
         def add_blank(layer, inputs, embeddings):
-            nothing = sum(feature.astype("float32").sum() for feature in self._blank_features()) * 0.0
-            return embeddings + nothing.astype(embeddings.dtype)
+            return _touching(embeddings, *self._blank_features())
 
         def add_newline(layer, inputs, features):
-            return features + (newline.astype("float32").sum() * 0.0).astype(features.dtype)
+            return _touching(features, newline)
 
         hooks = []
         if batch.get("pixel_values") is None:
@@ -304,6 +302,10 @@ class LlavaTrainer(Trainer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _trains_pictures(self) -> bool:
+        trained = {part_of(name) for name, value in named_model_parameters(self.model) if not value.stop_gradient}
+        return bool(trained & {"projector", "vision tower"})
 
     def _blank_features(self) -> List[paddle.Tensor]:
         from paddlemix.models.llava.anyres import num_tiles
@@ -339,10 +341,9 @@ class LlavaTrainer(Trainer):
         In place of paddle.DataParallel, which loses sums of earlier micro-batches of parameters that the last one
         doesn't use.
         """
-        master = self.args.amp_master_grad
         with paddle.no_grad():
             bucket: List[paddle.Tensor] = []
-            for grad in [parameter.main_grad if master else parameter.grad for parameter in self._trained()] + [None]:
+            for grad in [parameter.grad for parameter in self._trained()] + [None]:
                 if bucket and (
                     grad is None or grad.dtype != bucket[0].dtype or sum(g.size for g in bucket) + grad.size > _BUCKET
                 ):
@@ -597,7 +598,8 @@ class LlavaTrainer(Trainer):
             remove_tree(partial)
             partial.mkdir(parents=True)
         self._barrier()
-        self._write_model(partial)
+        if args.should_save:
+            self._write_model(partial)
         if not args.ignore_save_lr_and_optim:
             name = self._optimizer_file()
             if name is not None:
@@ -636,20 +638,16 @@ class LlavaTrainer(Trainer):
         return f"optimizer-{args.sharding_parallel_rank + 1:05d}-of-{args.sharding_parallel_degree:05d}.safetensors"
 
     def _write_model(self, folder: Path) -> None:
-        """Weights, config, tokenizer and image processor; called by all ranks."""
-        if self.args.should_save:
-            save_trained_weights(self.model, folder)
-            if self.processor is not None:
-                self.processor.save_pretrained(folder)
+        """Weights, config, tokenizer and image processor."""
+        save_trained_weights(self.model, folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
     def save_model(self, output_dir: Optional[str] = None, merge_tensor_parallel: bool = False) -> None:
         """Writes the model and all that the chat needs into ``output_dir``, all files or none."""
-        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            with write_aside(folder) as aside:
+            with write_aside(Path(output_dir or self.args.output_dir)) as aside:
                 self._write_model(aside)
-        else:
-            self._write_model(folder)
         self._barrier()
 
     def _update_best(self, metrics: Dict[str, float], checkpoint: Path) -> None:
@@ -772,6 +770,13 @@ class LlavaTrainer(Trainer):
             half = "float16" if self.args.fp16_full_eval else "bfloat16"
             return paddle.amp.auto_cast(level="O2", dtype=half)
         return self.autocast_smart_context_manager()
+
+
+def _touching(x: paddle.Tensor, *others: paddle.Tensor) -> paddle.Tensor:
+    """``x``, in whose graph the others are, each with a gradient of 0. Times 0 in full shape, as float16 can't hold the sum
+    of scaled gradients."""
+    mean = sum(other.astype("float32").mean() for other in others).astype(x.dtype)
+    return x + mean.expand(x.shape) * 0.0
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

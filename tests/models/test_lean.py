@@ -155,6 +155,17 @@ def test_paddles_fused_attention_sees_the_same(groups, queries, padded):
     check(attend(True), attend(False), query, key, value)
 
 
+def test_paddles_fused_attention_of_packed_rows():
+    ids = paddle.to_tensor([[1, 1, 1, 2, 2, 3, 3, 0], [1, 1, 2, 2, 2, 2, 2, 2]])
+    query, key, value = tensor(2, 4, 8, 8), tensor(2, 2, 8, 8, seed=1), tensor(2, 2, 8, 8, seed=2)
+
+    def attend(flash):
+        mask = attention.AttentionMask(causal=True, segment_ids=ids)
+        return lambda query, key, value: attention.attend(query, key, value, mask=mask, flash=flash)
+
+    check(attend(True), attend(False), query, key, value)
+
+
 @pytest.mark.parametrize("flash", [True, False])
 def test_attention_of_two_types(flash):
     """As level O1 of mixed precision gives them: queries, keys and bias in another type than the values."""

@@ -166,8 +166,6 @@ def test_types_are_lenient_where_nothing_is_lost(tmp_path):
         ({"pipeline_parallel_degree": 4}, ["pipeline_parallel_degree", "sharding"]),
         ({"unified_checkpoint": True}, ["unified_checkpoint", "remove the key"]),
         ({"sharding": "stage4"}, ["sharding", "stage1"]),
-        ({"sharding": "stage3"}, ["sharding", "'stage3'", "use stage2"]),
-        ({"sharding": "stage2 offload"}, ["sharding", "offload", "use stage2"]),
         ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),
         ({"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True}, ["freeze_mm_mlp_adapter"]),
         ({"tune_mm_mlp_adapter": True, "lora": True}, ["lora"]),
@@ -309,6 +307,15 @@ def test_shards_divide_the_processes(tmp_path, monkeypatch):
         FinetuneArguments(**settings(tmp_path, sharding="stage1", sharding_parallel_degree=8))
 
 
+@pytest.mark.parametrize("sharding", ["stage3", "stage2 offload"])
+def test_stages_that_are_not_built(tmp_path, monkeypatch, sharding):
+    """On one process nothing is sharded, whatever is asked."""
+    assert not FinetuneArguments(**settings(tmp_path, sharding=sharding)).sharding
+    monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match=f"sharding is '{sharding}', which this tool doesn't have; use stage2"):
+        FinetuneArguments(**settings(tmp_path, sharding=sharding))
+
+
 def test_stage2_with_master_gradients_shards_over_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "check_device", lambda settings: "gpu")
     monkeypatch.setattr(FinetuneArguments, "world_size", property(lambda self: 4))
@@ -322,12 +329,14 @@ def test_what_gpu_runs_ask_for(tmp_path, monkeypatch, caplog):
     """As far as it can be told without one."""
     monkeypatch.setattr(arguments, "default_device", lambda: "gpu")
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="device is gpu:2, but there are 2 GPUs"):
+    with pytest.raises(UserError, match="device is gpu:2, but the last GPU here is gpu:1"):
         check_device({"device": "cuda:2"})
     assert check_device({"device": "cuda:1", "fp16": True}) == "gpu:1"
 
-    args = FinetuneArguments(**settings(tmp_path, fp16=True, amp_master_grad=True))
-    assert not args.amp_master_grad and "amp_master_grad is off" in caplog.text
+    for sharding in ("", "stage2"):  # which one process has none of
+        caplog.clear()
+        args = FinetuneArguments(**settings(tmp_path, fp16=True, amp_master_grad=True, sharding=sharding))
+        assert not args.amp_master_grad and "amp_master_grad is off" in caplog.text
 
     monkeypatch.setattr(FinetuneArguments, "_check_shards", lambda self: None)
     monkeypatch.setattr(arguments.TrainingArguments, "__post_init__", lambda self: None)

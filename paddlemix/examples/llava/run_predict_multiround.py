@@ -168,7 +168,7 @@ def choose_device(name: Optional[str]) -> str:
         )
         raise UserError(f"--device is {name}, but {cause}; use --device cpu.")
     if kind == "gpu" and index and int(index) >= gpus:
-        raise UserError(f"--device is {name}, but there are {gpus} GPUs, numbered from 0.")
+        raise UserError(f"--device is {name}, but the last GPU here is gpu:{gpus - 1}.")
     try:
         return paddle.device.set_device(name) and name
     except Exception as error:

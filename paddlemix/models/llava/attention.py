@@ -57,7 +57,7 @@ class AttentionMask:
     ):
         self.causal, self.bias, self.segment_ids = causal, bias, segment_ids
         self._firsts = None if segment_ids is None else _segment_starts(segment_ids.numpy())
-        self._blocks, self._biases, self._kept = {}, {}, 0
+        self._blocks, self._biases, self._fused, self._kept = {}, {}, {}, 0
         self._corners = {}  # what a causal pass alone forbids, in the full shape of the largest block's scores
 
     def blocks(self, queries: int, keys: int) -> List[Block]:
@@ -112,14 +112,20 @@ class AttentionMask:
         rows, columns = self._corners[key].shape[2:]
         return self._corners[key][:, :, rows - (stop - start) :, columns - (seen - low) :]
 
-    def dense(self, dtype) -> Optional[paddle.Tensor]:
-        """All that bias and segments forbid, broadcastable to [B, 1, T, S]."""
-        bias = None if self.bias is None else _bias_in(self.bias, dtype)
-        if self.segment_ids is not None:
-            tokens = self.segment_ids.shape[1]
-            apart = self._apart(0, tokens, 0, tokens, dtype)
-            bias = apart if bias is None else bias + apart
-        return bias
+    def fused(self, batch: int, queries: int, keys: int, dtype) -> Tuple[Optional[paddle.Tensor], bool]:
+        """All of it as a fused kernel takes it: a bias [B or 1, 1, T, S], or None, and whether it is causal besides."""
+        key = (batch, queries, keys, dtype)
+        if key not in self._fused:
+            parts = [] if self.bias is None else [_bias_in(self.bias, dtype)]
+            if self.segment_ids is not None:
+                parts.append(self._apart(0, keys, 0, keys, dtype))
+            causal = self.causal and queries > 1
+            # of fewer queries than keys, Paddle's is_causal puts the first one at the first key
+            if causal and (parts or queries != keys):
+                parts.append(causal_bias(queries, keys, dtype).expand([batch, 1, queries, keys]))
+                causal = False
+            self._fused[key] = sum(parts[1:], parts[0]) if parts else None, causal
+        return self._fused[key]
 
     def _apart(self, start, stop, low, seen, dtype):
         ids = self.segment_ids
@@ -183,7 +189,7 @@ def attend(
         # takes two types
         query, key = query.astype(value.dtype), key.astype(value.dtype)
     if flash:
-        return _attend_flash(query, key, value, mask.causal and query.shape[2] > 1, mask.dense(query.dtype))
+        return _attend_flash(query, key, value, mask)
     if paddle.is_grad_enabled() and not (query.stop_gradient and key.stop_gradient and value.stop_gradient):
         return _LeanAttention.apply(query, key, value, mask)
     return _attend_math(query, key, value, mask)
@@ -294,15 +300,12 @@ def _add_at(total, more, low, seen, whole):
     return total
 
 
-def _attend_flash(query, key, value, causal, bias):
+def _attend_flash(query, key, value, mask):
     batch, heads, queries, _ = query.shape
     groups, keys = key.shape[1:3]
+    bias, causal = mask.fused(batch, queries, keys, query.dtype)
     if heads != groups:  # repeat_interleave has no float16 on a GPU
         key, value = (x.unsqueeze(2).expand([-1, -1, heads // groups, -1, -1]).flatten(1, 2) for x in (key, value))
-    if causal and (bias is not None or queries != keys):
-        # of fewer queries than keys, Paddle's is_causal puts the first one at the first key
-        future = causal_bias(queries, keys, query.dtype).unsqueeze([0, 1]).expand([batch, -1, -1, -1])
-        bias, causal = future if bias is None else bias + future, False
     query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
     return context.transpose([0, 2, 1, 3])

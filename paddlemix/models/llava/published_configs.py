@@ -239,8 +239,7 @@ def _our_mm_defaults() -> Dict[str, Any]:
     keys = (
         *("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature"),
         *("mm_projector_type", "mm_patch_merge_type", "mm_use_im_start_end"),
-        *("image_aspect_ratio", "image_grid_pinpoints", "conversation_template", "use_flash_attention"),
-        "demo_note",
+        *("image_aspect_ratio", "image_grid_pinpoints", "conversation_template", "demo_note"),
     )
     return {key: getattr(config, key) for key in keys}
 
