@@ -64,12 +64,10 @@ def prepare_cpu() -> List[str]:
 
 def _may_have_gpu() -> bool:
     """Asked before Paddle is imported: its package has the build in its name."""
-    return find_distribution("paddlepaddle-gpu") and (
-        os.name != "posix" or any(path.exists() for path in NVIDIA_DRIVERS)
-    )
+    return _is_installed("paddlepaddle-gpu") and (os.name != "posix" or any(path.exists() for path in NVIDIA_DRIVERS))
 
 
-def find_distribution(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         metadata.distribution(name)
     except metadata.PackageNotFoundError:

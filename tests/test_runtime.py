@@ -52,7 +52,7 @@ def machine(monkeypatch, tmp_path):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
         driver = tmp_path / "nvidiactl"
         monkeypatch.setattr(runtime, "NVIDIA_DRIVERS", (driver,))
-        monkeypatch.setattr(runtime, "find_distribution", lambda name: build == name)
+        monkeypatch.setattr(runtime, "_is_installed", lambda name: build == name)
         driver.touch() if nvidia else driver.unlink(missing_ok=True)
         if limit is not None:
             (tmp_path / "cpu.max").write_text(limit + "\n")

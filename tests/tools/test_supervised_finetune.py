@@ -28,6 +28,8 @@ from tests.trainer.test_arguments import TOOLKIT
 from tests.trainer.tiny import colour_data, tiny_checkpoint
 
 TOOL = Path(__file__).parents[2] / "paddlemix" / "tools" / "supervised_finetune.py"
+STAGE2_ON_CPU = Path(__file__).with_name("stage2_on_cpu.py")
+TWO_RANKS = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
 
 
 @pytest.fixture(scope="module")
@@ -727,6 +729,13 @@ def start(config, launcher=(), tool=TOOL, **options):
     return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
 
 
+def train_on_two_ranks(config, logs, tool):
+    process = start(config, launcher=[*TWO_RANKS, "--log_dir", str(logs)], tool=tool)
+    text, _ = process.communicate(timeout=240)
+    text += "".join(path.read_text(errors="replace") for path in logs.glob("workerlog.*"))
+    assert process.returncode == 0, text
+
+
 def wait_until(process, happened, seconds=120):
     """Polls as fast as it can; True if it happened while the process ran."""
     end = time.time() + seconds
@@ -791,8 +800,7 @@ def test_sigterm_saves_first(room, tmp_path):
 
 def test_ranks_whose_launcher_is_gone_save_and_stop(room, tmp_path):
     config = configure(room, tmp_path / "out", max_steps=20_000, save_steps=20_000, per_device_train_batch_size=2)
-    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")])
+    process = start(config, launcher=[*TWO_RANKS, "--log_dir", str(tmp_path / "log")])
     log = tmp_path / "out" / "train_log.jsonl"
     assert wait_until(process, lambda: len(read_log(log)) > 2), process.stdout.read()
     process.terminate()
@@ -825,12 +833,7 @@ def test_two_ranks_train_to_the_losses_of_one(room, one_rank, tmp_path, sharding
     config = configure(
         room, two, per_device_train_batch_size=2, gradient_accumulation_steps=2, sharding=sharding, **options
     )
-    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    tool = Path(__file__).with_name("stage2_on_cpu.py") if sharding == "stage2" else TOOL
-    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")], tool=tool)
-    text, _ = process.communicate(timeout=240)
-    text += "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
-    assert process.returncode == 0, text
+    train_on_two_ranks(config, tmp_path / "log", TOOL if sharding != "stage2" else STAGE2_ON_CPU)
     keys = ("step", "loss", "supervised_tokens", "eval_loss", "eval_token_accuracy", "eval_exact_match")
     logs = [read_log(folder / "train_log.jsonl") for folder in (one, two)]
     assert len(logs[0]) == len(logs[1]) == 5
@@ -869,20 +872,15 @@ def test_stage2_sums_in_one_order_whatever_a_batch_holds(room, tmp_path):
         sharding="stage2",
         **options,
     )
-    launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"]
-    tool = Path(__file__).with_name("stage2_on_cpu.py")
-    process = start(config, launcher=[*launcher, "--log_dir", str(tmp_path / "log")], tool=tool)
-    text, _ = process.communicate(timeout=240)
-    text += "".join(path.read_text(errors="replace") for path in (tmp_path / "log").glob("workerlog.*"))
-    assert process.returncode == 0, text
-    one, two = (outcome(tmp_path / name)[0] for name in ("one", "two"))
-    for first, second in zip(one, two):
+    train_on_two_ranks(config, tmp_path / "log", STAGE2_ON_CPU)
+    (log, files), (log_of_two, files_of_two) = (outcome(tmp_path / name) for name in ("one", "two"))
+    assert len(log) == len(log_of_two) == 3
+    for first, second in zip(log, log_of_two):
         assert first["supervised_tokens"] == second["supervised_tokens"]
         assert abs(first["loss"] - second["loss"]) < 1e-5
-    one, two = (outcome(tmp_path / name)[1] for name in ("one", "two"))
-    for file in one:
-        for name, value in one[file].items():
-            np.testing.assert_allclose(two[file][name], value, atol=1e-5, err_msg=name)
+    for file in files:
+        for name, value in files[file].items():
+            np.testing.assert_allclose(files_of_two[file][name], value, atol=1e-5, err_msg=name)
 
 
 def chat_template(folder, name, **values):
