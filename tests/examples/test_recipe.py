@@ -10,7 +10,7 @@ import pytest
 
 from paddlemix.evaluation import find_box
 from paddlemix.examples.llava.demo_recipe import data, easy_vqa_data, questions, scenes
-from paddlemix.examples.llava.demo_recipe.languages import CHINESE
+from paddlemix.examples.llava.demo_recipe.languages import CHINESE, ENGLISH
 from paddlemix.examples.llava.demo_recipe.run import parse
 
 SEEDS = range(200)
@@ -76,6 +76,14 @@ def check(question, answer, scene):
     if match:
         (only,) = named([match[1] or match[2]])
         return only[1] in answer
+    match = re.fullmatch(
+        r"Is the (\w+ \w+) (?:to the left of or to the right of|above or below) the (\w+ \w+)\?", short
+    )
+    if match:
+        (a,), (b,) = named(match[1].split()), named(match[2].split())
+        axis, sides = (0, ("left", "right")) if "left" in short else (1, ("above", "below"))
+        right = sides[a[4][axis] > b[4][axis]]
+        return [word for word in re.findall(r"\w+", answer) if word in sides] == [right]
     match = re.fullmatch(r"Is the (\w+ \w+) (.+) the (\w+ \w+)\?", short)
     if match:
         (a,), (b,) = named(match[1].split()), named(match[3].split())
@@ -93,30 +101,37 @@ def check(question, answer, scene):
     return None
 
 
+MIXTURES = [None, data.KINDS] + [kinds for plan in data.PLANS.values() for kinds in (plan.related, plan.other)]
+
+
 def test_answers_are_right():
-    read = 0
-    for seed in SEEDS:
-        scene = scenes.make_scene(seed)
-        for made in questions.conversation(scene, 12, random.Random(seed)):
-            right = check(made.question, made.answer, scene)
-            assert right is not False, (seed, made)
-            read += right is not None
-    assert read > 1000
+    for mixture in MIXTURES:
+        read = 0
+        for seed in SEEDS:
+            scene = scenes.make_scene(seed)
+            for made in questions.conversation(scene, 12, random.Random(seed), mixture):
+                right = check(made.question, made.answer, scene)
+                assert right is not False, (seed, made)
+                read += right is not None
+        assert read > 500
 
 
 def test_chinese_says_the_same():
     """Short answers and boxes of one seed are each other's translation; sentences name the same things."""
     short = 0
+    sides = dict(zip(ENGLISH.sides.values(), CHINESE.sides.values()))
     for seed in SEEDS:
         scene = scenes.make_scene(seed)
-        english = questions.conversation(scene, 12, random.Random(seed))
-        chinese = questions.conversation(scene, 12, random.Random(seed), say=CHINESE)
+        kinds = dict.fromkeys((*questions.QUESTION_TYPES, "side"), 1)
+        english = questions.conversation(scene, 12, random.Random(seed), kinds)
+        chinese = questions.conversation(scene, 12, random.Random(seed), kinds, CHINESE)
         assert [made.kind for made in english] == [made.kind for made in chinese]
         for en, zh in zip(english, chinese):
             assert not re.search("[a-z]", zh.question + zh.answer)
             words = CHINESE.there if en.kind == "exist" else CHINESE.yes_no
             expected = {"yes": words[0], "no": words[1]}.get(en.answer, CHINESE.word(en.answer))
-            if en.kind in ("color", "shape", "size", "position", "relation", "exist", "count", "box"):
+            expected = sides.get(en.answer, expected) if en.kind == "side" else expected
+            if en.kind in ("side", "color", "shape", "size", "position", "relation", "exist", "count", "box"):
                 if not en.question.endswith(questions.IN_A_SENTENCE):
                     assert zh.answer == expected
                     short += 1
@@ -134,23 +149,25 @@ def test_a_chat_asks_nothing_twice_and_gives_no_box_away():
         assert len(flat) == len(set(flat))
 
 
-def test_no_round_answers_another():
-    """A relation is asked once for two objects and an axis, whichever is named first; any other fact in one form only."""
+@pytest.mark.parametrize("stage", data.PLANS)
+def test_no_round_answers_another(stage):
+    """A relation or side is asked once for two objects and an axis, whichever is named first; any other fact in one form."""
     relations = facts = 0
     for seed in SEEDS:
-        chat = questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), data.WORKED_OUT)
-        pairs = []
-        for made in chat:
-            if made.kind == "relation":
-                asked = made.question.split(" Answer")[0]
-                a, relation, b = re.fullmatch(r"Is the (\w+ \w+) (.+) the (\w+ \w+)\?", asked).groups()
-                pairs.append((frozenset((a, b)), "left" in relation or "right" in relation))
-        assert len(set(pairs)) == len(pairs)
-        positions = [
-            re.search(r"(?:is the|picture is the) (\w+ \w+)", m.question)[1] for m in chat if m.kind == "position"
-        ]
-        assert len(set(positions)) == len(positions)
-        relations, facts = relations + len(pairs), facts + len(positions)
+        for kinds in (data.PLANS[stage].related, data.PLANS[stage].other):
+            chat = questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), kinds)
+            pairs = []
+            for made in chat:
+                if made.kind in ("relation", "side"):
+                    asked = made.question.split(" Answer")[0]
+                    a, relation, b = re.fullmatch(r"Is the (\w+ \w+) (.+) the (\w+ \w+)\?", asked).groups()
+                    pairs.append((frozenset((a, b)), "left" in relation or "right" in relation))
+            assert len(set(pairs)) == len(pairs)
+            positions = [
+                re.search(r"(?:is the|picture is the) (\w+ \w+)", m.question)[1] for m in chat if m.kind == "position"
+            ]
+            assert len(set(positions)) == len(positions)
+            relations, facts = relations + len(pairs), facts + len(positions)
     assert relations > 100 and facts > 50
 
 
@@ -158,7 +175,7 @@ def test_most_chats_count_before_they_name_an_object():
     later = 0
     for seed in SEEDS:
         kinds = [
-            m.kind for m in questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), data.WORKED_OUT)
+            m.kind for m in questions.conversation(scenes.make_scene(seed, 3), 12, random.Random(seed), data.KINDS)
         ]
         rest = [kind for kind in kinds if kind not in ("caption", "list")]
         later += rest == sorted(rest, key=lambda kind: {"count": 0, "exist": 1}.get(kind, 2))
@@ -167,7 +184,14 @@ def test_most_chats_count_before_they_name_an_object():
 
 def test_every_kind_of_question_is_asked():
     kinds = {m.kind for s in SEEDS for m in questions.conversation(scenes.make_scene(s), 12, random.Random(s))}
-    assert kinds == set(questions.QUESTION_TYPES) == set(data.KINDS) == set(data.WORKED_OUT)
+    assert kinds == set(questions.QUESTION_TYPES)
+    taught = set()
+    for mixture in MIXTURES[1:]:
+        for seed in SEEDS:
+            taught |= {
+                made.kind for made in questions.conversation(scenes.make_scene(seed), 12, random.Random(seed), mixture)
+            }
+    assert taught == kinds | {"side"}
 
 
 def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
@@ -181,15 +205,12 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
             align_rows=3,
             instruct_scenes=4,
             instruct_easy=3,
-            question_scenes=4,
-            question_easy=2,
             chinese=0.5,
             seed=1,
         )
     for file in (
         "align.json",
         "instruct.json",
-        "questions.json",
         "scenes_test.json",
         "scenes_test_zh.json",
         "easy_vqa_test.json",
@@ -201,37 +222,59 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
     assert len(json.loads((tmp_path / "a" / "easy_vqa_test.json").read_text())) == 9673
     chinese = re.compile("[\u4e00-\u9fff]")
     assert chinese.search((tmp_path / "a" / "instruct.json").read_text())
-    assert not chinese.search((tmp_path / "a" / "questions.json").read_text())
-    for file in ("instruct.json", "questions.json"):
-        trained = (tmp_path / "a" / file).read_text()
-        assert "test/images" not in trained and "train/images" in trained
+    trained = (tmp_path / "a" / "instruct.json").read_text()
+    assert "test/images" not in trained and "train/images" in trained
 
 
-def test_chats_about_relations(tmp_path):
+@pytest.fixture(scope="module")
+def later_chats(tmp_path_factory):
+    """The files of stages 4 to 6, 120 scenes each, and what they were made with."""
+    folder = tmp_path_factory.mktemp("chats")
+    text = [{"conversations": [["Which river flows through Paris?", "The Seine."]]}]
+
+    def write(stage, name="a"):
+        data.write_chats(folder / name, stage, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
+        return folder / name / f"{stage}.json"
+
+    return write
+
+
+def asked_in(path):
+    return [question for row in json.loads(path.read_text()) for question, _ in row["conversations"]]
+
+
+@pytest.mark.parametrize("stage", data.PLANS)
+def test_chats_of_later_stages(later_chats, stage):
     from paddlemix.processors.rows import parse_row
 
-    text = [{"conversations": [["Which river flows through Paris?", "The Seine."]]}]
-    for name in ("a", "b"):
-        data.write_relations(tmp_path / name, 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
-    assert (tmp_path / "a" / "relations.json").read_bytes() == (tmp_path / "b" / "relations.json").read_bytes()
-    written = (tmp_path / "a" / "relations.json").stat().st_mtime_ns
-    data.write_relations(tmp_path / "a", 120, easy_vqa_data.find_easy_vqa(), 5, text, 1)
-    assert (
-        tmp_path / "a" / "relations.json"
-    ).stat().st_mtime_ns == written  # a stopped training finds its data unchanged
-    rows = json.loads((tmp_path / "a" / "relations.json").read_text())
+    path = later_chats(stage)
+    written = path.stat().st_mtime_ns
+    assert path.read_bytes() == later_chats(stage, "b").read_bytes()
+    assert later_chats(stage).stat().st_mtime_ns == written  # a stopped training finds its data unchanged
+    rows = json.loads(path.read_text())
     assert len(rows) == 125
-    asked, behind = [], 0
     for row in rows:
         messages, images = parse_row(row)
-        assert len(images) == 1 and messages
-        questions_of_row = [question for question, _ in row["conversations"]]
-        behind += questions_of_row[-1] == text[0]["conversations"][0][0]
-        asked += questions_of_row
+        assert len(images) == 1 and messages and "test/images" not in images[0]
+    behind = sum("river" in row["conversations"][-1][0] for row in rows)
     assert 3 < behind < 30
-    beside = sum("left of" in question or "right of" in question for question in asked)
-    above = sum("above" in question or "below" in question for question in asked)
-    assert beside > len(asked) / 4 and beside > 1.2 * above
+    text = path.read_text()
+    assert "train/images" in text and not re.search("[\u4e00-\u9fff]", text)
+
+
+def test_sides_come_first_then_one_word_more_often_then_both_alike(later_chats):
+    counts = {}
+    for stage in data.PLANS:
+        asked = asked_in(later_chats(stage))
+        both = sum("left of or" in question or "above or" in question for question in asked)
+        words = [" left of the", " right of the", " above the", " below the"]
+        counts[stage] = both, *(sum(word in q for q in asked if " or " not in q) for word in words)
+    both, *words = counts["sides"]
+    assert both > 300 and not any(words)
+    _, left, right, above, below = counts["relations"]
+    assert 2 * right < left < 4.5 * right and 2 * below < above < 4.5 * below and left + right > above + below
+    both, left, right, above, below = counts["balance"]
+    assert not both and 0.75 < left / right < 1.33 and 0.7 < above / below < 1.43 and left + right > above + below
 
 
 def test_labels_of_easy_vqa_follow_from_its_questions():

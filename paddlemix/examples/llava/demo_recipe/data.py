@@ -1,21 +1,23 @@
-"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 5 and of the tests."""
+"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 6 and of the tests."""
 
 import json
 import random
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 from paddlemix.examples.llava.demo_recipe import easy_vqa_data, questions
 from paddlemix.examples.llava.demo_recipe.languages import CHINESE, ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import TEST_SEEDS, draw_scene, make_scene
 
-__all__ = ["KINDS", "WORKED_OUT", "write_data", "write_relations", "write_rows", "write_test_scenes"]
+__all__ = ["KINDS", "PLANS", "Plan", "write_chats", "write_data", "write_rows", "write_test_scenes"]
 
 # the tower's pictures have seeds from 0
-ALIGN_SEED, INSTRUCT_SEED, QUESTIONS_SEED, RELATIONS_SEED = 500_000_000, 600_000_000, 700_000_000, 800_000_000
+ALIGN_SEED, INSTRUCT_SEED = 500_000_000, 600_000_000
 ROUNDS = 12
 CHINESE_TESTS = 100  # scenes that are asked about in Chinese, too
-# How often a chat asks each kind; those that need more than reading off one object are asked more.
+# How often a chat of stage 3 asks each kind; those that need more than reading off one object are asked more. Which side one
+# object is of another has the form of two sides to choose from: yes and no to the same, asked beside it, keep both from
+# being learned.
 KINDS = {
     "exist": 3,
     "color": 1,
@@ -23,42 +25,76 @@ KINDS = {
     "size": 1.5,
     "count": 3,
     "position": 2,
-    "relation": 4,
+    "side": 4,
     "box": 1.5,
     "region": 1.5,
     "caption": 1.5,
     "list": 0.5,
 }
-# Stage 4 asks for what has to be worked out, and for the rest as often as keeps it.
-WORKED_OUT = {
-    "exist": 3,
-    "color": 0.7,
-    "shape": 0.8,
-    "size": 0.7,
-    "count": 4,
-    "position": 2,
-    "relation": 6,
-    "box": 0.4,
-    "region": 0.8,
-    "caption": 0.3,
-    "list": 0.3,
-}
-# Stage 5 asks where objects are of each other, above all on the axis that their order in the table doesn't tell.
-RELATIONS = {
-    questions.LEFT_OR_RIGHT: 12,
-    "relation": 3,
-    "position": 0.5,
-    "count": 0.5,
-    "exist": 0.3,
-}
-RELATIONS_SHARE = 0.75  # of stage 5's chats; the others are stage 4's
-RELATIONS_ROUNDS = 6  # few pairs of a scene lie apart; more rounds would ask other things
-TEXT_BEHIND = 0.1  # of stage 5's chats end in a question about something else
-SENTENCES_KEPT = 0.4  # of those questions of stage 4 that want a sentence: most of its words are no news
-OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of stage 4's scenes; the more there are, the more can be asked
-OBJECTS_RELATED = (2, 3, 3, 4, 4, 4)  # of those of stage 5's that ask for relations
 # A list of boxes takes three times the tokens of any other Chinese answer, and teaches nothing that English lists don't.
 CHINESE_KINDS = {kind: weight for kind, weight in KINDS.items() if kind != "list"}
+# The later stages ask for what has to be worked out, and for the rest as often as keeps it.
+WORKED_OUT = {
+    "exist": 5,
+    "count": 5,
+    "position": 2,
+    "size": 0.7,
+    "region": 0.6,
+    "color": 0.5,
+    "shape": 0.5,
+    "box": 0.25,
+    "caption": 0.2,
+    "list": 0.2,
+}
+
+
+class Plan(NamedTuple):
+    """What the chats of a later stage are about.
+
+    Attributes:
+        related: how often each kind is asked in the chats about nothing but where two objects are of each other.
+        other: the same in the other chats.
+        seed: of the first scene.
+    """
+
+    related: Dict[str, float]
+    other: Dict[str, float]
+    seed: int
+
+
+# Yes and no to a relation turn with the question's own word, which is hard to begin to learn while both words are asked
+# alike: neither word nor side alone says anything about the answer. So the sides come first, then yes and no with one word of
+# an axis three times as often as the other, and last both alike. Left and right are asked more, as the order of the table
+# tells above from below.
+PLANS = {
+    "sides": Plan(
+        {questions.LEFT_OR_RIGHT: 8, questions.ABOVE_OR_BELOW: 3},
+        {**WORKED_OUT, "side": 3},
+        700_000_000,
+    ),
+    "relations": Plan(
+        {
+            questions.LEFT: 6,
+            questions.RIGHT: 2,
+            questions.ABOVE: 1.8,
+            questions.BELOW: 0.6,
+            questions.LEFT_OR_RIGHT: 1.5,
+        },
+        {**WORKED_OUT, questions.LEFT: 1.2, questions.RIGHT: 0.4, questions.ABOVE: 0.6, questions.BELOW: 0.2},
+        750_000_000,
+    ),
+    "balance": Plan(
+        {questions.LEFT: 4, questions.RIGHT: 4, questions.ABOVE: 1, questions.BELOW: 1},
+        {**WORKED_OUT, "relation": 2},
+        800_000_000,
+    ),
+}
+RELATED_SHARE = 0.65  # of a later stage's chats are about relations alone
+RELATED_ROUNDS, OTHER_ROUNDS = 8, 16
+TEXT_BEHIND = 0.1  # of a later stage's chats end in a question about something else
+SENTENCES_KEPT = 0.4  # of their questions that want a sentence: most of its words are no news
+RELATED_OBJECTS = (2, 3, 4, 4, 4, 4)  # of the scenes of chats about relations: more objects, more pairs
+OTHER_OBJECTS = (1, 2, 3, 3, 3, 4, 4, 4, 4)  # of the others; the more there are, the more can be asked
 
 
 def write_data(
@@ -67,19 +103,16 @@ def write_data(
     align_rows: int,
     instruct_scenes: int,
     instruct_easy: int,
-    question_scenes: int,
-    question_easy: int,
     chinese: float,
     seed: int,
 ) -> None:
-    """Writes the JSON files of stages 2 (``align``), 3 (``instruct``) and 4 (``questions``) and of the tests, and ``images/``.
+    """Writes the JSON files of stages 2 (``align``) and 3 (``instruct``) and of the tests, and ``images/``.
 
     Args:
         easy_vqa: easy-VQA's data folder; rows name its pictures by absolute path.
         align_rows: scenes with a dense caption, for stage 2.
         instruct_scenes: chats about scenes, for stage 3.
         instruct_easy: chats about easy-VQA's train pictures, for stage 3.
-        question_scenes, question_easy: the same for stage 4.
         chinese: share of stage 3's chats about scenes that are in Chinese.
     """
     images = folder / "images"
@@ -106,12 +139,6 @@ def write_data(
     rng.shuffle(instruct)
     write_rows(folder / "instruct.json", instruct)
 
-    rng = random.Random(f"questions-{seed}")
-    asked = [_asked_much(images, QUESTIONS_SEED + number, rng, WORKED_OUT, ROUNDS) for number in range(question_scenes)]
-    asked += [_absolute(row, easy_vqa) for row in rng.sample(easy, min(question_easy, len(easy)))]
-    rng.shuffle(asked)
-    write_rows(folder / "questions.json", asked)
-
     test = easy_vqa_data.test_rows(easy_vqa_data.read_questions(easy_vqa, "test"))
     random.Random("easy-vqa-test").shuffle(test)  # so that the first N rows are a fair sample
     write_rows(folder / "easy_vqa_test.json", [_absolute(row, easy_vqa) for row in test])
@@ -119,50 +146,47 @@ def write_data(
     write_test_scenes(folder, "scenes_test_zh.json", CHINESE, TEST_SEEDS[:CHINESE_TESTS])
 
 
-def write_relations(
-    folder: Path, scenes: int, easy_vqa: Path, easy: int, text: List[Dict[str, Any]], seed: int
+def write_chats(
+    folder: Path, stage: str, scenes: int, easy_vqa: Path, easy: int, text: List[Dict[str, Any]], seed: int
 ) -> None:
-    """Writes the JSON file of stage 5, ``relations``, and its pictures.
+    """Writes the JSON file of a later stage, and its pictures.
 
     Args:
+        stage: one of ``PLANS``; names the file, too.
         scenes: chats about scenes.
         easy: chats about easy-VQA's train pictures.
         text: the decoder's own answers to questions without a picture; a chat in ten ends in one of them.
     """
-    rng = random.Random(f"relations-{seed}")
+    plan, rng = PLANS[stage], random.Random(f"{stage}-{seed}")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number in range(scenes):
-        much = (RELATIONS, RELATIONS_ROUNDS) if rng.random() < RELATIONS_SHARE else (WORKED_OUT, ROUNDS)
-        row = _asked_much(images, RELATIONS_SEED + number, rng, *much)
+    for number in range(plan.seed, plan.seed + scenes):
+        related = rng.random() < RELATED_SHARE
+        scene = make_scene(number, rng.choice(RELATED_OBJECTS if related else OTHER_OBJECTS))
+        draw_scene(scene).save(images / f"{number}.png")
+        kinds, most = (plan.related, RELATED_ROUNDS) if related else (plan.other, OTHER_ROUNDS)
+        rounds = questions.conversation(scene, most, rng, kinds, sentences=SENTENCES_KEPT)
+        rounds = rounds or [questions.ask("exist", rng, scene)]  # no two objects lie apart
+        row = questions.to_row(f"images/{number}.png", rounds)
         if rng.random() < TEXT_BEHIND:
             row["conversations"] += rng.choice(text)["conversations"]
         rows.append(row)
     easy_rows = easy_vqa_data.train_rows(easy_vqa_data.read_questions(easy_vqa, "train"), ROUNDS, rng)
     rows += [_absolute(row, easy_vqa) for row in rng.sample(easy_rows, min(easy, len(easy_rows)))]
     rng.shuffle(rows)
-    write_rows(folder / "relations.json", rows)
-
-
-def _asked_much(images: Path, seed: int, rng: random.Random, kinds: Dict[str, float], most: int) -> Dict[str, Any]:
-    """A chat of stage 4 or 5 about a scene, which is drawn into ``images``."""
-    scene = make_scene(seed, rng.choice(OBJECTS if kinds is WORKED_OUT else OBJECTS_RELATED))
-    draw_scene(scene).save(images / f"{seed}.png")
-    rounds = questions.conversation(scene, most, rng, kinds, sentences=SENTENCES_KEPT)
-    rounds = rounds or [questions.ask("exist", rng, scene)]  # no two objects lie apart
-    return questions.to_row(f"images/{seed}.png", rounds)
+    write_rows(folder / f"{stage}.json", rows)
 
 
 def write_test_scenes(folder: Path, name: str, say: Language, seeds: Sequence[int]) -> None:
     """A test file and its pictures: a question of each kind about each scene."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    kinds = KINDS if say is ENGLISH else CHINESE_KINDS
     for seed in seeds:
         scene = make_scene(seed)
         draw_scene(scene).save(folder / "images" / f"{seed}.png")
-        rows += [row for row in questions.test_rows(f"images/{seed}.png", scene, say) if row["question_type"] in kinds]
+        made = questions.test_rows(f"images/{seed}.png", scene, say)
+        rows += [row for row in made if say is ENGLISH or row["question_type"] in CHINESE_KINDS]
     write_rows(folder / name, rows)
 
 

@@ -20,6 +20,7 @@ class Language:
         words: of colours, shapes, sizes, parts of the picture and relations, by their English word.
         questions: by kind; ``{}`` stands for what is asked about.
         sentences: answers in a sentence, by kind (and outcome).
+        sides: the short answer for each relation, where both of an axis are offered.
         in_a_sentence: what a question ends in that wants such an answer.
     """
 
@@ -27,6 +28,7 @@ class Language:
     words: Dict[str, str]
     questions: Dict[str, Tuple[str, ...]]
     sentences: Dict[str, str]
+    sides: Dict[str, str]
     in_a_sentence: str
     joint: str  # between a question and ``in_a_sentence``
     yes_no: Tuple[str, str]
@@ -75,6 +77,7 @@ ENGLISH = Language(
         "count": ("How many {} are there?", "How many {} do you see?"),
         "position": ("In which part of the picture is the {}?", "Which part of the picture is the {} in?"),
         "relation": ("Is the {} {} the {}?",),
+        "side": ("Is the {0} {1} or {2} the {3}?",),
         "box": ("Give the box of the {}.", "Where is the {}? Give its box."),
         "region": ("What is in the box {}?", "Describe the box {}."),
         "caption": ("Describe the picture.", "What is in the picture?", "What do you see?"),
@@ -91,8 +94,10 @@ ENGLISH = Language(
         "position": "The {} is at the {}.",
         "relation yes": "Yes, the {} is {} the {}.",
         "relation no": "No, the {} is not {} the {}.",
+        "side": "The {} is {} the {}.",
         "caption": "The picture shows {}.",
     },
+    sides={"to the left of": "left", "to the right of": "right", "above": "above", "below": "below"},
     in_a_sentence="Answer in a sentence.",
     joint=" ",
     yes_no=("yes", "no"),
@@ -145,6 +150,7 @@ CHINESE = Language(
         "count": ("有几个{}?", "图中有几个{}?"),
         "position": ("{}在图中的哪个位置?", "{}在哪个位置?"),
         "relation": ("{0}在{2}的{1}吗?",),
+        "side": ("{0}在{3}的{1}还是{2}?",),
         "box": ("给出{}的框。", "{}在哪里?给出它的框。"),
         "region": ("框 {} 里是什么?", "描述框 {}。"),
         "caption": ("描述这张图。", "图中有什么?", "你看到了什么?"),
@@ -161,8 +167,10 @@ CHINESE = Language(
         "position": "{}在{}。",
         "relation yes": "是的,{0}在{2}的{1}。",
         "relation no": "不,{0}不在{2}的{1}。",
+        "side": "{0}在{2}的{1}。",
         "caption": "图中有{}。",
     },
+    sides={"to the left of": "左边", "to the right of": "右边", "above": "上面", "below": "下面"},
     in_a_sentence="请用一句话回答。",
     joint="",
     yes_no=("是", "不是"),

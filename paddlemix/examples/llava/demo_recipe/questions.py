@@ -13,9 +13,14 @@ from paddlemix.examples.llava.demo_recipe.languages import ENGLISH, Language
 from paddlemix.examples.llava.demo_recipe.scenes import COLORS, SHAPES, Box, Scene, SceneObject, ninth_of, part_name
 
 __all__ = [
+    "ABOVE",
+    "ABOVE_OR_BELOW",
+    "BELOW",
     "IN_A_SENTENCE",
+    "LEFT",
     "LEFT_OR_RIGHT",
     "QUESTION_TYPES",
+    "RIGHT",
     "Round",
     "ask",
     "box_text",
@@ -30,8 +35,11 @@ IN_A_SENTENCE = ENGLISH.in_a_sentence
 _BOX = re.compile(r"0\.\d\d(, 0\.\d\d){3}")
 _WHOLE = ("caption", "list")
 _NAMES_NOTHING = {"count": 0, "exist": 1}  # kinds whose questions name objects that may not be there, in their order
-HORIZONTAL, VERTICAL = 0, 1
-_RELATIONS = {HORIZONTAL: ("to the left of", "to the right of"), VERTICAL: ("above", "below")}
+LEFT, RIGHT, ABOVE, BELOW = "to the left of", "to the right of", "above", "below"
+_AXES = (
+    (LEFT, RIGHT),
+    (ABOVE, BELOW),
+)  # the relations along x and along y, the one that holds for smaller numbers first
 APART = 0.12  # centres closer than this along an axis are neither left nor right (above nor below) of each other
 SENTENCES = 0.25  # share of the questions that want a sentence
 NAMES_LATER = 0.7  # share of the chats that don't name an object before they have counted
@@ -43,6 +51,14 @@ class Round(NamedTuple):
     question: str
     answer: str
     kind: str
+    fact: Hashable
+
+
+class _Related(NamedTuple):
+    a: SceneObject
+    b: SceneObject
+    relation: str
+    holds: bool
     fact: Hashable
 
 
@@ -160,26 +176,45 @@ def _position(rng: random.Random, scene: Scene, say: Language) -> Round:
     return _round(rng, say, "position", [name], region, say.sentences["position"].format(name, region))
 
 
-def _relation(
-    rng: random.Random, scene: Scene, say: Language, axes: Sequence[int] = (HORIZONTAL, VERTICAL)
-) -> Optional[Round]:
-    pairs = []
+def _related(scene: Scene, relations: Sequence[str]) -> List[_Related]:
+    """Pairs of objects that lie apart, with each of the relations and whether it holds; "is A above B" and "is B below A"
+    have one fact."""
+    found = []
     for a in scene.objects:
         for b in scene.objects:
-            for axis in axes:
+            for axis, (before, behind) in enumerate(_AXES):
                 away = a.center[axis] - b.center[axis]
                 if a is not b and abs(away) > APART:
-                    before, behind = _RELATIONS[axis]
-                    pairs.append((a, b, before, away < 0))
-                    pairs.append((a, b, behind, away > 0))
+                    fact = frozenset((a.name, b.name)), axis
+                    found += [_Related(a, b, before, away < 0, fact), _Related(a, b, behind, away > 0, fact)]
+    return [one for one in found if one.relation in relations]
+
+
+def _relation(
+    rng: random.Random, scene: Scene, say: Language, relations: Sequence[str] = (LEFT, RIGHT, ABOVE, BELOW)
+) -> Optional[Round]:
+    """Does this relation hold? Answered with yes or no."""
+    pairs = _related(scene, relations)
     if not pairs:
         return None
-    a, b, relation, holds = rng.choice(pairs)
+    a, b, relation, holds, fact = rng.choice(pairs)
     asked = [say.object_name(a), say.word(relation), say.object_name(b)]
     sentence = say.sentences["relation yes" if holds else "relation no"].format(*asked)
-    # "is A above B" tells whether B is below A
-    fact = frozenset((a.name, b.name)), relation in _RELATIONS[VERTICAL]
     return _round(rng, say, "relation", asked, say.yes_no[not holds], sentence, fact)
+
+
+def _side(
+    rng: random.Random, scene: Scene, say: Language, relations: Sequence[str] = (LEFT, RIGHT, ABOVE, BELOW)
+) -> Optional[Round]:
+    """Which of the two relations of an axis holds? Answered with its name."""
+    pairs = [one for one in _related(scene, relations) if one.holds]
+    if not pairs:
+        return None
+    a, b, relation, _, fact = rng.choice(pairs)
+    both = [say.word(one) for axis in _AXES if relation in axis for one in axis]
+    first, second = say.object_name(a), say.object_name(b)
+    sentence = say.sentences["side"].format(first, say.word(relation), second)
+    return _round(rng, say, "side", [first, *both, second], say.sides[relation], sentence, fact)
 
 
 def _box(rng: random.Random, scene: Scene, say: Language) -> Round:
@@ -215,8 +250,12 @@ _MAKERS: Dict[str, Callable[[random.Random, Scene, Language], Optional[Round]]] 
     "list": _list,
 }
 QUESTION_TYPES = tuple(_MAKERS)
-LEFT_OR_RIGHT = "left or right"  # for ``conversation``: the relations that the order of the objects doesn't tell
-_MAKERS[LEFT_OR_RIGHT] = partial(_relation, axes=(HORIZONTAL,))
+# Further kinds that ``conversation`` can be given: one relation, or the two sides of one axis.
+_MAKERS.update({relation: partial(_relation, relations=(relation,)) for axis in _AXES for relation in axis})
+LEFT_OR_RIGHT, ABOVE_OR_BELOW = "left or right", "above or below"
+_MAKERS["side"] = _side
+_MAKERS[LEFT_OR_RIGHT] = partial(_side, relations=(LEFT, RIGHT))
+_MAKERS[ABOVE_OR_BELOW] = partial(_side, relations=(ABOVE, BELOW))
 
 
 def ask(kind: str, rng: random.Random, scene: Scene, say: Language = ENGLISH) -> Optional[Round]:
@@ -238,7 +277,7 @@ def conversation(
     one, which comes last, or sometimes first; and most chats count, and ask what is there, before they name objects.
 
     Args:
-        weights: how often each kind, or LEFT_OR_RIGHT, is asked; default: all kinds alike.
+        weights: how often each kind is asked, of QUESTION_TYPES or of those that only train; default: the former alike.
         sentences: share that is kept of the questions that want a sentence.
     """
     kinds = list(weights or QUESTION_TYPES)

@@ -2,14 +2,15 @@
 
     python paddlemix/examples/llava/demo_recipe/run.py --output_dir demo_recipe_out
 
-    data      drawn scenes and easy-VQA, as the JSON files of training (stage 5's: relations) and tests
+    data      drawn scenes and easy-VQA, as the JSON files of stages 2 and 3 and of the tests
     tower     stage 1: the vision tower learns to see objects (pretrain_tower.py)
     table     two more layers of it write them down, a word a patch (write_table.py)
     base      SmolLM2, the tower and a first projector become a model's folder (fit_projector.py)
     align     stage 2: the projector, on captions with boxes (supervised_finetune.py, stage2_align.json)
     instruct  stage 3: LoRA on the decoder, and the projector, on chats (…, stage3_instruct.json)
-    questions stage 4: the same adapter goes on, on questions whose answers must be worked out (…, stage4_questions.json)
-    relations stage 5: once more, on where two objects are of each other (…, stage5_relations.json)
+    sides     stage 4: the same adapter goes on, on which side one object is of another (…, stage4_sides.json)
+    relations stage 5: on yes and no to the same, one word of an axis more often (…, stage5_relations.json)
+    balance   stage 6: on the words alike (…, stage6_balance.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -39,7 +40,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "table", "base", "align", "instruct", "questions", "relations", "export", "evaluate")
+STEPS = ("data", "tower", "table", "base", "align", "instruct", "sides", "relations", "balance", "export", "evaluate")
 
 
 class Recipe:
@@ -69,7 +70,7 @@ class Recipe:
 
         a = self.arguments
         easy = find_easy_vqa(a.easy_vqa)
-        counts = a.align_rows, a.instruct_scenes, a.instruct_easy_vqa, a.question_scenes, a.question_easy_vqa
+        counts = a.align_rows, a.instruct_scenes, a.instruct_easy_vqa
         write_data(self.out / "data", easy, *counts, a.chinese_share, a.seed)
 
     def tower(self) -> Dict[str, Any]:
@@ -135,18 +136,24 @@ class Recipe:
         data = ["instruct.json", "text.json", "text.json"]
         self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", data)
 
-    def questions(self) -> None:
-        data = ["questions.json", "text.json"]
-        self._finetune("stage4", "stage4_questions.json", self.out / "stage2", data, self.out / "stage3")
+    def sides(self) -> None:
+        self._go_on("sides", "stage4", "stage3", self.arguments.side_scenes)
 
     def relations(self) -> None:
-        from paddlemix.examples.llava.demo_recipe.data import write_relations
+        self._go_on("relations", "stage5", "stage4", self.arguments.relation_scenes)
+
+    def balance(self) -> None:
+        self._go_on("balance", "stage6", "stage5", self.arguments.balance_scenes)
+
+    def _go_on(self, plan: str, stage: str, before: str, scenes: int) -> None:
+        """Writes the chats of a later stage and trains the adapter of the stage before on them."""
+        from paddlemix.examples.llava.demo_recipe.data import write_chats
         from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
 
         a, folder = self.arguments, self.out / "data"
         text = json.loads((folder / "text.json").read_text(encoding="utf-8"))
-        write_relations(folder, a.relation_scenes, find_easy_vqa(a.easy_vqa), a.relation_easy_vqa, text, a.seed)
-        self._finetune("stage5", "stage5_relations.json", self.out / "stage2", ["relations.json"], self.out / "stage4")
+        write_chats(folder, plan, scenes, find_easy_vqa(a.easy_vqa), a.later_easy_vqa, text, a.seed)
+        self._finetune(stage, f"{stage}_{plan}.json", self.out / "stage2", [f"{plan}.json"], self.out / before)
 
     def _finetune(self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None) -> None:
         """Runs the fine-tuning tool on the shipped JSON, with this run's folders in it."""
@@ -167,7 +174,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage5", self.out / "weights")
+        export(self.out / "stage6", self.out / "weights")
         # what was made of earlier weights says nothing about these
         shutil.rmtree(self.out / "model", ignore_errors=True)
         for figures in self.out.glob("*.figures.json"):
@@ -222,13 +229,13 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--table_steps", type=int, default=2600, help="steps of 64 pictures")
     parser.add_argument("--projector_steps", type=int, default=400)
     parser.add_argument("--align_rows", type=int, default=100, help="rows of stage 2")
-    parser.add_argument("--instruct_scenes", type=int, default=1400, help="chats of stage 3 about scenes")
-    parser.add_argument("--instruct_easy_vqa", type=int, default=700, help="chats of stage 3 about easy-VQA")
-    parser.add_argument("--chinese_share", type=float, default=0.12, help="of stage 3's chats about scenes")
-    parser.add_argument("--question_scenes", type=int, default=2000, help="chats of stage 4 about scenes")
-    parser.add_argument("--question_easy_vqa", type=int, default=200, help="chats of stage 4 about easy-VQA")
-    parser.add_argument("--relation_scenes", type=int, default=2400, help="chats of stage 5 about scenes")
-    parser.add_argument("--relation_easy_vqa", type=int, default=80, help="chats of stage 5 about easy-VQA")
+    parser.add_argument("--instruct_scenes", type=int, default=900, help="chats of stage 3 about scenes")
+    parser.add_argument("--instruct_easy_vqa", type=int, default=350, help="chats of stage 3 about easy-VQA")
+    parser.add_argument("--chinese_share", type=float, default=0.0, help="of stage 3's chats about scenes")
+    parser.add_argument("--side_scenes", type=int, default=1400, help="chats of stage 4 about scenes")
+    parser.add_argument("--relation_scenes", type=int, default=2700, help="chats of stage 5 about scenes")
+    parser.add_argument("--balance_scenes", type=int, default=1400, help="chats of stage 6 about scenes")
+    parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 6 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
