@@ -43,6 +43,7 @@ from paddlemix.trainer.run_folder import (
     write_aside,
     write_json,
 )
+from paddlemix.trainer.shared_gradients import average_gradients, complete_gradients, whole_graph
 from paddlemix.trainer.weights import load_trained_weights, save_trained_weights
 
 __all__ = ["LlavaTrainer"]
@@ -50,7 +51,6 @@ __all__ = ["LlavaTrainer"]
 logger = logging.getLogger(__name__)
 
 STATE_FILE, PROGRESS_FILE = "trainer_state.json", "progress.json"
-_BUCKET = 1 << 25  # numbers that are summed over the ranks at once
 
 
 class _Stop(Exception):
@@ -236,8 +236,9 @@ class LlavaTrainer(Trainer):
         noise = contextlib.nullcontext()
         if self.noise is not None:
             noise = self.noise.on(batch["attention_mask"], batch.get("segment_ids"))
+        whole = whole_graph(self.model, batch) if self._ranks > 1 else contextlib.nullcontext()
         with bfloat16_products() if self.args.bfloat16_products else contextlib.nullcontext():
-            with noise, self._whole_graph(batch), self.autocast_smart_context_manager():
+            with noise, whole, self.autocast_smart_context_manager():
                 output = model(**batch, loss_reduction="sum")
                 loss = output.loss * (self._ranks / total)
             (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
@@ -245,10 +246,11 @@ class LlavaTrainer(Trainer):
         self.trained_samples += len(batch["input_ids"]) if packed is None else int(packed.max(axis=1).sum())
         if step_control + 1 == self.args.gradient_accumulation_steps:
             self._tokens_seen += total
-            self._complete_gradients()
+            if ShardingOption.SHARD_GRAD_OP not in self.args.sharding:
+                complete_gradients(self.model, self.args.amp_master_grad)
             # with amp_master_grad the loop averages
             if self._ranks > 1 and not self.args.use_hybrid_parallel and not self.args.amp_master_grad:
-                self._average_gradients()
+                average_gradients(self.model, self._ranks)
         loss = loss.detach()
         if output.label_logits is not None and not self.args.fp16:
             # Paddle's softmax on a CPU gives finite numbers for logits that are none, and hides a model that broke
@@ -270,92 +272,6 @@ class LlavaTrainer(Trainer):
         paddle.seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-
-    @contextlib.contextmanager
-    def _whole_graph(self, batch: Dict[str, Any]):
-        """One forward whose graph holds every trained parameter, on several ranks.
-
-        Where ranks sum gradients together, each needs the same ones, and sharding's stage 2, which sums each as soon as the
-        backward pass has it, needs them in the same order. So what a batch without pictures doesn't use is computed from a
-        blank one and, times 0, added to the embeddings, where pictures come in as well.
-        """
-        inner = self._inner_model
-        if self._ranks <= 1 or not self._trains_pictures():
-            yield
-            return
-
-        def add_blank(layer, inputs, embeddings):
-            return _touching(embeddings, *self._blank_features())
-
-        def add_newline(layer, inputs, features):
-            return _touching(features, newline)
-
-        hooks = []
-        if batch.get("pixel_values") is None:
-            hooks.append(inner.llama.embed_tokens.register_forward_post_hook(add_blank))
-        newline = getattr(inner.llama, "image_newline", None)
-        if newline is not None and not newline.stop_gradient:
-            # pictures of some shapes go without it; added before the projector, its gradient is complete after the projector's
-            hooks.append(inner.llama.vision_tower.register_forward_post_hook(add_newline))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _trains_pictures(self) -> bool:
-        trained = {part_of(name) for name, value in named_model_parameters(self.model) if not value.stop_gradient}
-        return bool(trained & {"projector", "vision tower"})
-
-    def _blank_features(self) -> List[paddle.Tensor]:
-        from paddlemix.models.llava.anyres import num_tiles
-
-        inner = self._inner_model
-        side = inner.config.vision.image_size
-        blank = paddle.zeros([num_tiles((side, side), inner.config), 3, side, side])
-        return list(inner.encode_images(blank, paddle.to_tensor([[side, side]])))
-
-    def _trained(self) -> List[paddle.Tensor]:
-        return [parameter for _, parameter in named_model_parameters(self.model) if not parameter.stop_gradient]
-
-    def _complete_gradients(self) -> None:
-        """Gives every trained parameter a gradient, 0 where the global batch didn't use it, as pictures' parts where it has
-        none.
-
-        The optimizer passes over a parameter without one, but moves one whose gradient is 0. Which of the two a parameter
-        has would depend on whether an earlier step of this process used it, so on where a run was stopped. Stage 1 of sharding
-        averages in the optimizer, and needs the gradients complete; stage 2 has none where another rank keeps them.
-        """
-        if ShardingOption.SHARD_GRAD_OP in self.args.sharding:
-            return
-        for parameter in self._trained():
-            if self.args.amp_master_grad:
-                if getattr(parameter, "main_grad", None) is None:
-                    parameter.main_grad = paddle.zeros(parameter.shape, "float32")
-            elif parameter.grad is None:
-                parameter.grad = paddle.zeros_like(parameter)
-
-    def _average_gradients(self) -> None:
-        """Averages the gradients over data-parallel ranks.
-
-        In place of paddle.DataParallel, which loses sums of earlier micro-batches of parameters that the last one
-        doesn't use.
-        """
-        with paddle.no_grad():
-            bucket: List[paddle.Tensor] = []
-            for grad in [parameter.grad for parameter in self._trained()] + [None]:
-                if bucket and (
-                    grad is None or grad.dtype != bucket[0].dtype or sum(g.size for g in bucket) + grad.size > _BUCKET
-                ):
-                    flat = paddle.concat([held.flatten() for held in bucket])
-                    dist.all_reduce(flat)
-                    flat /= self._ranks
-                    pieces = paddle.split(flat, [held.size for held in bucket])
-                    for held, piece in zip(bucket, pieces):
-                        held.set_value(piece.reshape(held.shape))
-                    bucket = []
-                if grad is not None:
-                    bucket.append(grad)
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
         value = float(loss)
@@ -770,13 +686,6 @@ class LlavaTrainer(Trainer):
             half = "float16" if self.args.fp16_full_eval else "bfloat16"
             return paddle.amp.auto_cast(level="O2", dtype=half)
         return self.autocast_smart_context_manager()
-
-
-def _touching(x: paddle.Tensor, *others: paddle.Tensor) -> paddle.Tensor:
-    """``x``, in whose graph the others are, each with a gradient of 0. Times 0 in full shape, as float16 can't hold the sum
-    of scaled gradients."""
-    mean = sum(other.astype("float32").mean() for other in others).astype(x.dtype)
-    return x + mean.expand(x.shape) * 0.0
 
 
 def _read_json(path: Path) -> Dict[str, Any]:
