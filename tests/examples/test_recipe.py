@@ -228,7 +228,7 @@ def test_data_files_are_repeatable_rows_of_the_toolkits_format(tmp_path):
 
 @pytest.fixture(scope="module")
 def later_chats(tmp_path_factory):
-    """The files of stages 4 to 6, 120 scenes each, and what they were made with."""
+    """The files of stages 4 to 7, 120 scenes each, and what they were made with."""
     folder = tmp_path_factory.mktemp("chats")
     text = [{"conversations": [["Which river flows through Paris?", "The Seine."]]}]
 
@@ -262,7 +262,7 @@ def test_chats_of_later_stages(later_chats, stage):
     assert "train/images" in text and not re.search("[\u4e00-\u9fff]", text)
 
 
-def test_sides_come_first_then_one_word_more_often_then_both_alike(later_chats):
+def test_sides_come_first_then_one_word_more_often_then_both_alike_and_last_all_kinds(later_chats):
     counts = {}
     for stage in data.PLANS:
         asked = asked_in(later_chats(stage))
@@ -273,8 +273,11 @@ def test_sides_come_first_then_one_word_more_often_then_both_alike(later_chats):
     assert both > 300 and not any(words)
     _, left, right, above, below = counts["relations"]
     assert 2 * right < left < 4.5 * right and 2 * below < above < 4.5 * below and left + right > above + below
-    both, left, right, above, below = counts["balance"]
-    assert not both and 0.75 < left / right < 1.33 and 0.7 < above / below < 1.43 and left + right > above + below
+    for stage in ("balance", "review"):
+        both, left, right, above, below = counts[stage]
+        assert not both and 0.7 < left / right < 1.43 and 0.6 < above / below < 1.67 and left + right > above + below
+    relations = {stage: sum(count) / len(asked_in(later_chats(stage))) for stage, count in counts.items()}
+    assert relations["relations"] > relations["balance"] > 1.5 * relations["review"] > 0.2
 
 
 def test_labels_of_easy_vqa_follow_from_its_questions():

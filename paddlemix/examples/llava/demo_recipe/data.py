@@ -1,4 +1,4 @@
-"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 6 and of the tests."""
+"""Writes the recipe's data: drawn pictures and the JSON files of stages 2 to 7 and of the tests."""
 
 import json
 import random
@@ -52,11 +52,13 @@ class Plan(NamedTuple):
     """What the chats of a later stage are about.
 
     Attributes:
-        related: how often each kind is asked in the chats about nothing but where two objects are of each other.
+        share: of the chats, 0 to 1, that ask about nothing but where two objects are of each other.
+        related: how often each kind is asked in those.
         other: the same in the other chats.
         seed: of the first scene.
     """
 
+    share: float
     related: Dict[str, float]
     other: Dict[str, float]
     seed: int
@@ -64,15 +66,18 @@ class Plan(NamedTuple):
 
 # Yes and no to a relation turn with the question's own word, which is hard to begin to learn while both words are asked
 # alike: neither word nor side alone says anything about the answer. So the sides come first, then yes and no with one word of
-# an axis three times as often as the other, and last both alike. Left and right are asked more, as the order of the table
-# tells above from below.
+# an axis three times as often as the other, and then both alike. Left and right are asked more, as the order of the table
+# tells above from below. A decoder that is asked so much of one thing loses some of the others, which the last stage brings back.
+WORDS_ALIKE = {questions.LEFT: 4, questions.RIGHT: 4, questions.ABOVE: 1, questions.BELOW: 1}
 PLANS = {
     "sides": Plan(
+        0.65,
         {questions.LEFT_OR_RIGHT: 8, questions.ABOVE_OR_BELOW: 3},
         {**WORKED_OUT, "side": 3},
         700_000_000,
     ),
     "relations": Plan(
+        0.65,
         {
             questions.LEFT: 6,
             questions.RIGHT: 2,
@@ -83,13 +88,9 @@ PLANS = {
         {**WORKED_OUT, questions.LEFT: 1.2, questions.RIGHT: 0.4, questions.ABOVE: 0.6, questions.BELOW: 0.2},
         750_000_000,
     ),
-    "balance": Plan(
-        {questions.LEFT: 4, questions.RIGHT: 4, questions.ABOVE: 1, questions.BELOW: 1},
-        {**WORKED_OUT, "relation": 2},
-        800_000_000,
-    ),
+    "balance": Plan(0.5, WORDS_ALIKE, {**WORKED_OUT, "relation": 2}, 800_000_000),
+    "review": Plan(0.2, WORDS_ALIKE, {**WORKED_OUT, "region": 1.5, "relation": 2}, 850_000_000),
 }
-RELATED_SHARE = 0.65  # of a later stage's chats are about relations alone
 RELATED_ROUNDS, OTHER_ROUNDS = 8, 16
 TEXT_BEHIND = 0.1  # of a later stage's chats end in a question about something else
 SENTENCES_KEPT = 0.4  # of their questions that want a sentence: most of its words are no news
@@ -162,7 +163,7 @@ def write_chats(
     images.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(plan.seed, plan.seed + scenes):
-        related = rng.random() < RELATED_SHARE
+        related = rng.random() < plan.share
         scene = make_scene(number, rng.choice(RELATED_OBJECTS if related else OTHER_OBJECTS))
         draw_scene(scene).save(images / f"{number}.png")
         kinds, most = (plan.related, RELATED_ROUNDS) if related else (plan.other, OTHER_ROUNDS)

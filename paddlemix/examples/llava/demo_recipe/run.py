@@ -11,6 +11,7 @@
     sides     stage 4: the same adapter goes on, on which side one object is of another (…, stage4_sides.json)
     relations stage 5: on yes and no to the same, one word of an axis more often (…, stage5_relations.json)
     balance   stage 6: on the words alike (…, stage6_balance.json)
+    review    stage 7: on all kinds of questions once more (…, stage7_review.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -40,7 +41,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = ("data", "tower", "table", "base", "align", "instruct", "sides", "relations", "balance", "export", "evaluate")
+STEPS = tuple("data tower table base align instruct sides relations balance review export evaluate".split())
 
 
 class Recipe:
@@ -145,6 +146,9 @@ class Recipe:
     def balance(self) -> None:
         self._go_on("balance", "stage6", "stage5", self.arguments.balance_scenes)
 
+    def review(self) -> None:
+        self._go_on("review", "stage7", "stage6", self.arguments.review_scenes)
+
     def _go_on(self, plan: str, stage: str, before: str, scenes: int) -> None:
         """Writes the chats of a later stage and trains the adapter of the stage before on them."""
         from paddlemix.examples.llava.demo_recipe.data import write_chats
@@ -174,7 +178,7 @@ class Recipe:
     def export(self) -> None:
         from paddlemix.examples.llava.demo_recipe.export import export
 
-        export(self.out / "stage6", self.out / "weights")
+        export(self.out / "stage7", self.out / "weights")
         # what was made of earlier weights says nothing about these
         shutil.rmtree(self.out / "model", ignore_errors=True)
         for figures in self.out.glob("*.figures.json"):
@@ -233,9 +237,10 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--instruct_easy_vqa", type=int, default=240, help="chats of stage 3 about easy-VQA")
     parser.add_argument("--chinese_share", type=float, default=0.0, help="of stage 3's chats about scenes")
     parser.add_argument("--side_scenes", type=int, default=1000, help="chats of stage 4 about scenes")
-    parser.add_argument("--relation_scenes", type=int, default=2000, help="chats of stage 5 about scenes")
-    parser.add_argument("--balance_scenes", type=int, default=900, help="chats of stage 6 about scenes")
-    parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 6 about easy-VQA")
+    parser.add_argument("--relation_scenes", type=int, default=1600, help="chats of stage 5 about scenes")
+    parser.add_argument("--balance_scenes", type=int, default=800, help="chats of stage 6 about scenes")
+    parser.add_argument("--review_scenes", type=int, default=500, help="chats of stage 7 about scenes")
+    parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 7 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
