@@ -220,6 +220,12 @@ def test_the_older_of_the_two_names_in_the_store(stores):
     assert len(list(folder.glob("model_state-*-of-00002.pdparams"))) == 2
 
 
+@pytest.mark.parametrize("name", ["paddlemix/llava/llava-v1.6-7b", "paddlemix/llava-v1.6-7b"])
+def test_the_short_name_of_the_model_on_vicuna(stores, name):
+    write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.6-vicuna-7b", "llava_next")
+    assert checkpoint.read_config(checkpoint.resolve(name)).image_aspect_ratio == "anyres"
+
+
 def test_the_toolkits_tower_comes_from_the_same_store(stores):
     folder = write_toolkit(stores.paddle / "paddlemix/llava/llava-v1.5-7b", suffix="safetensors")
     from safetensors.numpy import load_file, save_file

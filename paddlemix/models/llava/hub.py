@@ -193,13 +193,18 @@ def _failed(error: Exception, name: str, store: str, folder: Path, cache: Path, 
 
 
 def _paddle_names(name: str) -> List[str]:
-    """The toolkit wrote ``paddlemix/llava-v1.5-7b`` first and ``paddlemix/llava/llava-v1.5-7b`` later."""
+    """What the store may hold a model as: the toolkit wrote ``paddlemix/llava-v1.5-7b`` first and
+    ``paddlemix/llava/llava-v1.5-7b`` later, and ``llava-v1.6-7b`` in its text for the ``llava-v1.6-vicuna-7b`` of its commands."""
     parts = name.split("/")
     if len(parts) == 2 and parts[1].startswith("llava"):
-        return [f"paddlemix/llava/{parts[1]}", name]
-    if len(parts) == 3 and parts[1] == "llava":
-        return [name, f"paddlemix/{parts[2]}"]
-    return [name]
+        names = [f"paddlemix/llava/{parts[1]}", name]
+    elif len(parts) == 3 and parts[1] == "llava":
+        names = [name, f"paddlemix/{parts[2]}"]
+    else:
+        return [name]
+    if parts[-1] in ("llava-v1.6-7b", "llava-v1.6-13b"):
+        names += [other.replace("v1.6-", "v1.6-vicuna-") for other in names]
+    return names
 
 
 def _paddle_cache() -> Path:
