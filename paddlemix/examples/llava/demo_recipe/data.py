@@ -88,8 +88,8 @@ PLANS = {
         {**WORKED_OUT, questions.LEFT: 1.2, questions.RIGHT: 0.4, questions.ABOVE: 0.6, questions.BELOW: 0.2},
         750_000_000,
     ),
-    "balance": Plan(0.5, WORDS_ALIKE, {**WORKED_OUT, "relation": 2}, 800_000_000),
-    "review": Plan(0.2, WORDS_ALIKE, {**WORKED_OUT, "region": 1.5, "relation": 2}, 850_000_000),
+    "balance": Plan(0.65, WORDS_ALIKE, {**WORKED_OUT, "relation": 2}, 800_000_000),
+    "rest": Plan(0.2, WORDS_ALIKE, {**WORKED_OUT, "region": 1.5, "relation": 2}, 850_000_000),
 }
 RELATED_ROUNDS, OTHER_ROUNDS = 8, 16
 TEXT_BEHIND = 0.1  # of a later stage's chats end in a question about something else

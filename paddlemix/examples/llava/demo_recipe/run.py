@@ -11,7 +11,7 @@
     sides     stage 4: the same adapter goes on, on which side one object is of another (…, stage4_sides.json)
     relations stage 5: on yes and no to the same, one word of an axis more often (…, stage5_relations.json)
     balance   stage 6: on the words alike (…, stage6_balance.json)
-    review    stage 7: on all kinds of questions once more (…, stage7_review.json)
+    rest      stage 7: on the rest of the questions once more (…, stage7_rest.json)
     export    the tower, the projector and the adapter in fp16, as the package ships them
     evaluate  the model made of these: tools/evaluate.py on the tests, and on easy-VQA with blank pictures
 
@@ -41,7 +41,7 @@ logger = logging.getLogger("paddlemix.demo_recipe")
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[2] / "tools"
-STEPS = tuple("data tower table base align instruct sides relations balance review export evaluate".split())
+STEPS = tuple("data tower table base align instruct sides relations balance rest export evaluate".split())
 
 
 class Recipe:
@@ -138,25 +138,25 @@ class Recipe:
         self._finetune("stage3", "stage3_instruct.json", self.out / "stage2", data)
 
     def sides(self) -> None:
-        self._go_on("sides", "stage4", "stage3", self.arguments.side_scenes)
+        self._go_on("sides", "stage4", "stage3", self.arguments.side_scenes, self.arguments.later_easy_vqa)
 
     def relations(self) -> None:
-        self._go_on("relations", "stage5", "stage4", self.arguments.relation_scenes)
+        self._go_on("relations", "stage5", "stage4", self.arguments.relation_scenes, self.arguments.later_easy_vqa)
 
     def balance(self) -> None:
-        self._go_on("balance", "stage6", "stage5", self.arguments.balance_scenes)
+        self._go_on("balance", "stage6", "stage5", self.arguments.balance_scenes, self.arguments.later_easy_vqa)
 
-    def review(self) -> None:
-        self._go_on("review", "stage7", "stage6", self.arguments.review_scenes)
+    def rest(self) -> None:
+        self._go_on("rest", "stage7", "stage6", self.arguments.rest_scenes, self.arguments.rest_easy_vqa)
 
-    def _go_on(self, plan: str, stage: str, before: str, scenes: int) -> None:
+    def _go_on(self, plan: str, stage: str, before: str, scenes: int, easy: int) -> None:
         """Writes the chats of a later stage and trains the adapter of the stage before on them."""
         from paddlemix.examples.llava.demo_recipe.data import write_chats
         from paddlemix.examples.llava.demo_recipe.easy_vqa_data import find_easy_vqa
 
         a, folder = self.arguments, self.out / "data"
         text = json.loads((folder / "text.json").read_text(encoding="utf-8"))
-        write_chats(folder, plan, scenes, find_easy_vqa(a.easy_vqa), a.later_easy_vqa, text, a.seed)
+        write_chats(folder, plan, scenes, find_easy_vqa(a.easy_vqa), easy, text, a.seed)
         self._finetune(stage, f"{stage}_{plan}.json", self.out / "stage2", [f"{plan}.json"], self.out / before)
 
     def _finetune(self, name: str, shipped: str, model: Path, data: List[str], adapter: Optional[Path] = None) -> None:
@@ -237,10 +237,11 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--instruct_easy_vqa", type=int, default=240, help="chats of stage 3 about easy-VQA")
     parser.add_argument("--chinese_share", type=float, default=0.0, help="of stage 3's chats about scenes")
     parser.add_argument("--side_scenes", type=int, default=1000, help="chats of stage 4 about scenes")
-    parser.add_argument("--relation_scenes", type=int, default=1600, help="chats of stage 5 about scenes")
-    parser.add_argument("--balance_scenes", type=int, default=800, help="chats of stage 6 about scenes")
-    parser.add_argument("--review_scenes", type=int, default=500, help="chats of stage 7 about scenes")
-    parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 7 about easy-VQA")
+    parser.add_argument("--relation_scenes", type=int, default=2000, help="chats of stage 5 about scenes")
+    parser.add_argument("--balance_scenes", type=int, default=900, help="chats of stage 6 about scenes")
+    parser.add_argument("--rest_scenes", type=int, default=400, help="chats of stage 7 about scenes")
+    parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 6 about easy-VQA")
+    parser.add_argument("--rest_easy_vqa", type=int, default=20, help="chats of stage 7 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
     return parser.parse_args(argv)
 
