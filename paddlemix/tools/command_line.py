@@ -26,7 +26,8 @@ def exit_status(work: Callable[[], int], interrupted: str = "stopped") -> int:
     try:
         return work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = f"error: {error}".encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair in a name
+        print(text, file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

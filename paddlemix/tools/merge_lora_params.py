@@ -54,7 +54,7 @@ def merge(
     from paddlemix.models.llava.modeling import LlavaLlamaForCausalLM
     from paddlemix.models.llava.tensor_files import read_json
     from paddlemix.processors.llava import LlavaProcessor
-    from paddlemix.trainer.run_folder import write_aside
+    from paddlemix.trainer.run_folder import MARKER, read_run, write_aside
 
     adapter = checkpoint.resolve(lora_path)
     config = config_of(adapter)
@@ -71,6 +71,13 @@ def merge(
     target = Path(os.path.expanduser(merge_model_path)) if merge_model_path else adapter
     if target.exists() and not target.is_dir():
         raise UserError(f"--merge_model_path names {target}, which is a file; expected a folder.")
+    if (target / MARKER).exists():
+        raise UserError(
+            f"{target} is a checkpoint that training goes on from, which a merged model in it would end; name another folder in "
+            "--merge_model_path."
+        )
+    if target.resolve() != adapter.resolve() and read_run(target) is not None:
+        raise UserError(f"--merge_model_path names {target}, which holds a training run; name another folder.")
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--merge_model_path names {target}, but nothing can be written to {there}.")

@@ -10,6 +10,7 @@ after it was killed, the same command goes on from the last whole checkpoint. SI
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -63,21 +64,25 @@ def run(argv: Sequence[str]) -> int:
 
     refuse_sharding_on_cpu(args)
     parts = build(args, settings, entries, plan)
-    before = begin(args, settings, plan, data_files)
-    from paddlemix.trainer.run_folder import record_run
+    from paddlemix.trainer.run_folder import read_run, record_run, removes_only_checkpoints
     from paddlemix.trainer.trainer import LlavaTrainer
 
+    before = read_run(Path(args.output_dir)) if plan.action == "resume" else None
+    begins = partial(begin, args, settings, plan, data_files, before)
     trainer = LlavaTrainer(
         parts["model"],
         args,
         train_dataset=parts.get("train"),
         eval_dataset=parts.get("eval"),
         processor=parts["processor"],
+        begin=begins,
     )
+    if not args.do_train:
+        begins()
     try:
         return work(trainer, plan)
     except UserError:
-        if before is not None and not trainer.has_trained and args.should_save:
+        if before is not None and not trainer.has_trained and args.should_save and removes_only_checkpoints(plan):
             record_run(Path(args.output_dir), before)  # so that the command that it holds can still go on
         raise
 
@@ -152,7 +157,7 @@ def build(args: Any, settings: Dict[str, Any], entries: Dict[str, List[Any]], pl
         checkpoint.load_projector(model, args.pretrain_mm_mlp_adapter)
         mark_differing(model, "projector")
     if args.lora:
-        model = adapt(model, args, settings, folder, adapter)
+        model = adapt(model, args, settings, folder, adapter, plan.checkpoint)
         if args.do_train:
             freeze(model, args)
     if args.do_train and not counts["image"]:
@@ -277,9 +282,21 @@ def takes_new_projector(model: Any, args: Any) -> bool:
     return args.do_train and not args.lora and alone
 
 
-def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter: Optional[Path]) -> Any:
-    """The model with a new adapter, or with that of ``lora_path``."""
-    from paddlemix.trainer.adapters import add_lora, check_against_adapter, read_lora_config
+def adapt(
+    model: Any,
+    args: Any,
+    settings: Dict[str, Any],
+    folder: Path,
+    adapter: Optional[Path],
+    checkpoint: Optional[Path],
+) -> Any:
+    """The model with a new adapter, or with that of ``lora_path``; one that ``checkpoint``, to go on from, fits."""
+    from paddlemix.trainer.adapters import (
+        add_lora,
+        check_against_adapter,
+        check_against_checkpoint,
+        read_lora_config,
+    )
     from paddlemix.trainer.weights import load_trained_weights
 
     given = Path(os.path.expanduser(args.model_name_or_path))
@@ -294,6 +311,8 @@ def adapt(model: Any, args: Any, settings: Dict[str, Any], folder: Path, adapter
         "base": base,
     }
     if adapter is None:
+        if checkpoint is not None:
+            check_against_checkpoint(model, options, checkpoint)
         return add_lora(model, **options)
     config = read_lora_config(adapter)
     check_against_adapter(settings, config, adapter)
@@ -327,16 +346,19 @@ def freeze(model: Any, args: Any) -> None:
             )
 
 
+ONLY_PICTURES_REACH = (
+    "no sample of the training data has a picture, but only the vision tower or the projector is trained, which would learn "
+    "nothing; add rows with pictures, or look at tune_mm_mlp_adapter, freeze_include and freeze_exclude."
+)
+
+
 def check_learns_from_text(model: Any) -> None:
     """Refuses to train what only pictures reach."""
     from paddlemix.trainer.freezing import named_model_parameters
 
     trained = [name for name, parameter in named_model_parameters(model) if not parameter.stop_gradient]
     if all(name.startswith(("llama.vision_tower.", "llama.mm_projector.", "llama.image_newline")) for name in trained):
-        raise UserError(
-            "no sample of the training data has a picture, but only the vision tower or the projector is trained, which would "
-            "learn nothing; add rows with pictures, or look at tune_mm_mlp_adapter, freeze_include and freeze_exclude."
-        )
+        raise UserError(ONLY_PICTURES_REACH)
 
 
 def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: List[int]) -> None:
@@ -394,27 +416,26 @@ def report(model: Any, config: Any, args: Any, counts: Dict[str, int], lengths: 
         )
 
 
-def begin(args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[Path]) -> Optional[Dict[str, Any]]:
-    """The first thing that is written; gives what the folder said of the run that is gone on with."""
+def begin(
+    args: Any, settings: Dict[str, Any], plan: Any, data_files: Sequence[Path], before: Optional[Dict[str, Any]]
+) -> None:
+    """The first thing that is written, and removed; ``before`` is what the folder says of the run that is gone on with."""
     import paddle.distributed as dist
 
     from paddlemix.trainer.arguments import SECRETS
-    from paddlemix.trainer.run_folder import begin_run, changed_keys, fingerprint_contents, read_run
+    from paddlemix.trainer.run_folder import begin_run, changed_keys, fingerprint_contents
 
-    folder, before = Path(args.output_dir), None
     settings = {key: value for key, value in settings.items() if key not in SECRETS}
     if plan.action == "resume":
-        before = read_run(folder)
         changed = changed_keys(before["settings"] if before else settings, settings)
         if changed and args.should_log:
             logger.warning("Going on with other settings than the run began with: %s.", ", ".join(changed))
         if before and before.get("data") != fingerprint_contents(data_files) and args.should_log:
             logger.warning("Going on with other data than the run began with: its files have changed.")
     if args.should_save:
-        begin_run(folder, settings, plan, data_files)
+        begin_run(Path(args.output_dir), settings, plan, data_files)
     if args.world_size > 1:
         dist.barrier()
-    return before
 
 
 def work(trainer: Any, plan: Any) -> int:

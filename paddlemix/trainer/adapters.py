@@ -28,13 +28,14 @@ DEFAULT_TARGETS = [
     r"llama\.layers\.\d+\.mlp\.(gate|up|down)_proj",
 ]
 
-# What an adapter's own config fixes; lora_dropout may change from run to run.
-FIXED_BY_ADAPTER = {
-    "lora_rank": "r",
-    "lora_alpha": "lora_alpha",
-    "rslora": "rslora",
-    "lora_target_modules": "target_modules",
-}
+# What an adapter's own config fixes, by the names of the run's key, the config's and add_lora's; lora_dropout may change from
+# run to run.
+FIXED_BY_ADAPTER = (
+    ("lora_rank", "r", "rank"),
+    ("lora_alpha", "lora_alpha", "alpha"),
+    ("rslora", "rslora", "rslora"),
+    ("lora_target_modules", "target_modules", "targets"),
+)
 
 
 def resolve_targets(model: nn.Layer, patterns: Sequence[str]) -> List[str]:
@@ -128,12 +129,37 @@ def read_lora_config(folder: Path) -> Dict[str, Any]:
         raise UserError(f"{file} can't be read: {error}.") from None
 
 
+def _made_with(config: Dict[str, Any], name: str) -> Any:
+    made = config.get(name, False if name == "rslora" else None)
+    return [made] if name == "target_modules" and isinstance(made, str) else made
+
+
+def check_against_checkpoint(model: nn.Layer, made_now: Dict[str, Any], folder: Path) -> None:
+    """Refuses to go on from a checkpoint with an adapter of other settings: it would be another model.
+
+    Args:
+        made_now: ``add_lora``'s options for this run.
+        folder: the checkpoint.
+    """
+    config = read_lora_config(folder)
+    for key, name, option in FIXED_BY_ADAPTER:
+        now, made = made_now[option], _made_with(config, name)
+        if key == "lora_target_modules":
+            now = DEFAULT_TARGETS if now is None else list(now)
+            same = resolve_targets(model, now) == resolve_targets(model, made)
+        else:
+            same = now == made
+        if not same:
+            raise UserError(
+                f"{key} is {now!r}, but the run was begun with {made!r} ({folder}); set {key} to that to go on, or begin "
+                "afresh in another output_dir."
+            )
+
+
 def check_against_adapter(settings: Dict[str, Any], config: Dict[str, Any], folder: Path) -> None:
     """Refuses keys of the run that differ from what the adapter of ``lora_path`` was made with."""
-    for key, name in FIXED_BY_ADAPTER.items():
-        made = config.get(name, False if key == "rslora" else None)
-        if key == "lora_target_modules" and isinstance(made, str):
-            made = [made]
+    for key, name, _ in FIXED_BY_ADAPTER:
+        made = _made_with(config, name)
         if key in settings and settings[key] != made:
             raise UserError(
                 f"{key} is {settings[key]!r}, but the adapter in {folder} was made with {made!r}; "

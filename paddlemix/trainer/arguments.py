@@ -140,10 +140,13 @@ class FinetuneArguments(TrainingArguments):
     )
     use_flash_attention: bool = field(default=False, metadata={"help": "On GPU, attend through flash attention."})
     freeze_include: Optional[List[str]] = field(
-        default=None, metadata={"help": "fnmatch patterns; parameters that match are not trained."}
+        default=None,
+        metadata={
+            "help": "fnmatch patterns; parameters that match are not trained; adapters only if the pattern has lora in it."
+        },
     )
     freeze_exclude: Optional[List[str]] = field(
-        default=None, metadata={"help": "fnmatch patterns; parameters that match are trained."}
+        default=None, metadata={"help": "fnmatch patterns; parameters that match are trained; adapters only as above."}
     )
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters in place of the decoder's weights."})
     lora_path: Optional[str] = field(default=None, metadata={"help": "Folder of an adapter to go on from."})
@@ -256,6 +259,12 @@ class FinetuneArguments(TrainingArguments):
             self.evaluation_strategy = IntervalStrategy.NO
         if at_the_end:
             self.do_eval = False  # or PaddleNLP makes the strategy steps
+        evaluates = evaluates or bool(self.do_eval)
+        if self.load_best_model_at_end and self.do_train and not (evaluates and self._saves_when_evaluated()):
+            raise UserError(
+                "load_best_model_at_end is true, but the best is looked for among checkpoints that are evaluated: set "
+                'evaluation_strategy and save_strategy both to "steps" or both to "epoch".'
+            )
         self._check_shards()
         if isinstance(self.report_to, str):
             self.report_to = [self.report_to]
@@ -275,6 +284,12 @@ class FinetuneArguments(TrainingArguments):
         self.unified_checkpoint = False
         if self.eval_with_do_generation and not (self.do_eval or self.do_predict):
             logger.warning("eval_with_do_generation is true, but nothing is evaluated; set do_eval to true for that.")
+
+    def _saves_when_evaluated(self) -> bool:
+        strategy = (
+            self.evaluation_strategy if self.evaluation_strategy != IntervalStrategy.NO else IntervalStrategy.STEPS
+        )
+        return getattr(self.save_strategy, "value", self.save_strategy) == strategy.value
 
     def _check_shards(self) -> None:
         """PaddleNLP takes a degree without ``sharding`` for a sharded run, and then averages no gradients."""

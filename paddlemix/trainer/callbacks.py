@@ -10,19 +10,37 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from paddlenlp.trainer import TrainerCallback
 from tqdm.auto import tqdm
 
 from paddlemix.errors import naming
 
-__all__ = ["LogFileCallback", "MetricsFileCallback", "ProgressCallback", "StopCallback", "read_log", "plot_loss"]
+__all__ = [
+    "BeginCallback",
+    "LogFileCallback",
+    "MetricsFileCallback",
+    "ProgressCallback",
+    "StopCallback",
+    "read_log",
+    "plot_loss",
+]
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE, PLOT_FILE = "train_log.jsonl", "loss.png"
 _TIMING = ("interval_", "progress_or_epoch", "global_step")
+
+
+class BeginCallback(TrainerCallback):
+    """Calls ``begin`` when the checkpoint that a run goes on from has been loaded, and nothing has been written."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin()
 
 
 class ProgressCallback(TrainerCallback):

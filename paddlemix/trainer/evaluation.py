@@ -82,7 +82,9 @@ def questions_of(dataset: Any) -> List[Question]:
         answers = _answers(dataset, row)[: dataset.answers[row]]
         questions += [Question(row, turn) for turn, answer in enumerate(answers) if answer.strip()]
     if not questions:
-        raise UserError("the evaluation data have no answers to compare with; look at them with check_dataset.py.")
+        raise UserError(
+            "the evaluation data have no answers to compare with; expected turns of the assistant with words."
+        )
     return questions
 
 

@@ -63,6 +63,9 @@ def select_trained(
         include: fnmatch patterns; what matches is frozen, unless ``exclude`` matches too.
         exclude: fnmatch patterns; what matches is trained.
 
+    A pattern means adapters only if it has "lora" in it: the toolkit freezes by patterns before it adds adapters, so that its
+    users' ``*llama*`` leaves these as they are.
+
     Raises:
         UserError: nothing is left to train.
     """
@@ -72,17 +75,21 @@ def select_trained(
         "decoder": not lora and not tune_projector_only,
         "LoRA adapters": not tune_projector_only,
     }
-    matched = set()
+    matched, meant, spared = set(), set(), set()  # patterns by what they do
 
-    def matches(name: str, patterns: Optional[Sequence[str]]) -> bool:
+    def matches(name: str, patterns: Optional[Sequence[str]], by_part: bool, to: bool) -> bool:
         hits = [pattern for pattern in patterns or () if fnmatchcase(name, pattern)]
         matched.update(hits)
+        if part_of(name) == "LoRA adapters":
+            spared.update(pattern for pattern in hits if "lora" not in pattern)
+            hits = [pattern for pattern in hits if "lora" in pattern]
+        meant.update(hits if by_part != to else [])
         return bool(hits)
 
     anything = False
     for name, parameter in named_model_parameters(model):
         trained = trained_parts[part_of(name)]
-        frozen, kept = matches(name, include), matches(name, exclude)
+        frozen, kept = matches(name, include, trained, False), matches(name, exclude, trained, True)
         if frozen or kept:
             trained = kept
         parameter.stop_gradient = not trained
@@ -91,6 +98,13 @@ def select_trained(
         for pattern in patterns or ():
             if pattern not in matched:
                 logger.warning("%s has %r, which matches no parameter of this model.", key, pattern)
+            elif pattern in spared - meant:
+                logger.warning(
+                    '%s has %r, which changes nothing; to mean adapters, a pattern needs "lora" in it, as in %r.',
+                    key,
+                    pattern,
+                    pattern.rstrip("*") + "*lora_*",
+                )
     if not anything:
         raise UserError(
             "nothing is left to train; look at freeze_include, freeze_mm_mlp_adapter and tune_mm_mlp_adapter."

@@ -151,7 +151,7 @@ def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
     same = not changed and run.get("data") == fingerprint_contents(data_files)
     if overwrite and not (same and run["status"] == "running"):
         return RunPlan("start", stale=stale)
-    if run["status"] == "complete":
+    if run["status"] == "complete" and (not saves_model(run["settings"]) or _holds_model(held)):
         weights = fingerprint_files(_weight_files(settings))
         if same and (not weights or run.get("weights", weights) == weights):
             return RunPlan("done")
@@ -173,6 +173,11 @@ def _plan(settings: Dict[str, Any], data_files: Sequence[Path]) -> RunPlan:
                 "it."
             )
     return RunPlan("resume", checkpoint, _later_checkpoints(folder, checkpoint))
+
+
+def _holds_model(files: Sequence[Path]) -> bool:
+    """Whether the result of a run is among the files of its folder."""
+    return any(MODEL.fullmatch(path.name) and path.suffix == ".safetensors" for path in files)
 
 
 def _same_place(value: Any) -> Any:
@@ -302,6 +307,11 @@ def begin_run(folder: Path, settings: Dict[str, Any], plan: RunPlan, data_files:
             path.unlink()
     data, weights = fingerprint_contents(data_files), fingerprint_files(_weight_files(settings))
     record_run(folder, {"status": "running", "settings": settings, "data": data, "weights": weights})
+
+
+def removes_only_checkpoints(plan: RunPlan) -> bool:
+    """Whether the run's own model stays where the plan is carried out."""
+    return all(CHECKPOINT.fullmatch(path.name) for path in plan.stale)
 
 
 def finish_run(folder: Path) -> None:

@@ -29,7 +29,13 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.linear import bfloat16_products
 from paddlemix.trainer.arguments import FinetuneArguments
 from paddlemix.trainer.batches import COUNT_KEY, GlobalBatchLoader, UnreadableBatch, WithoutLabels
-from paddlemix.trainer.callbacks import LogFileCallback, MetricsFileCallback, ProgressCallback, StopCallback
+from paddlemix.trainer.callbacks import (
+    BeginCallback,
+    LogFileCallback,
+    MetricsFileCallback,
+    ProgressCallback,
+    StopCallback,
+)
 from paddlemix.trainer.evaluation import evaluate_answers, evaluate_loss
 from paddlemix.trainer.freezing import named_model_parameters, part_of
 from paddlemix.trainer.noise import EmbeddingNoise
@@ -76,6 +82,7 @@ class LlavaTrainer(Trainer):
         train_dataset, eval_dataset: samples as ``LlavaCollator`` takes them; with ``group_by_modality_length`` the
             first has ``lengths``, with ``eval_with_do_generation`` the second is a SupervisedDataset.
         processor: saved beside the weights; makes the prompts of evaluation.
+        begin: called once when training begins: after the checkpoint to go on from is loaded, before anything is written.
         callbacks: further ones.
     """
 
@@ -87,6 +94,7 @@ class LlavaTrainer(Trainer):
         eval_dataset: Any = None,
         processor: Any = None,
         data_collator: Optional[Callable] = None,
+        begin: Callable[[], None] = lambda: None,
         callbacks: Sequence[Any] = (),
     ):
         self.processor = processor
@@ -101,7 +109,7 @@ class LlavaTrainer(Trainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[LogFileCallback()],
+            callbacks=[BeginCallback(begin), LogFileCallback()],
         )
         args.metrics_output_path = metrics_path
         # PaddleNLP's timers are the process's, so another trainer may have switched them on, or left one running
@@ -131,7 +139,8 @@ class LlavaTrainer(Trainer):
         self._resumed_from: Optional[Path] = None
         self._evaluated_at: Optional[int] = None
         self._last_metrics: Dict[str, float] = {}
-        self._loaded_best = False
+        self._best_metrics: Optional[Dict[str, float]] = None
+        self._loaded_best: Optional[int] = None  # its step
 
     # parts
 
@@ -153,8 +162,9 @@ class LlavaTrainer(Trainer):
     @property
     def last_evaluation(self) -> Optional[Dict[str, float]]:
         """What ``evaluate`` gave for the model as it is now; None if it hasn't been evaluated."""
-        current = self._evaluated_at == self.state.global_step and not self._loaded_best
-        return self._last_metrics if current else None
+        if self._loaded_best is not None:
+            return self._best_metrics
+        return self._last_metrics if self._evaluated_at == self.state.global_step else None
 
     @property
     def _ranks(self) -> int:
@@ -359,6 +369,7 @@ class LlavaTrainer(Trainer):
             self._resumed_from = Path(resume_from_checkpoint)
             self._progress = _read_json(self._resumed_from / PROGRESS_FILE)
             self._progress["to_restore"] = True
+            self._best_metrics = self._progress.get("best_metrics")
             self._tokens_seen = self._progress["supervised_tokens"]
             self._tokens_at_log = self._progress["supervised_tokens_at_log"]
             state = TrainerState.load_from_json(str(self._resumed_from / STATE_FILE))
@@ -428,8 +439,10 @@ class LlavaTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and not self.interrupted:
             logger.info("the best model is that of %s.", best)
-            load_trained_weights(self.model, Path(best))
-            self._loaded_best = True
+            step = TrainerState.load_from_json(str(Path(best) / STATE_FILE)).global_step
+            if step != self.state.global_step:
+                load_trained_weights(self.model, Path(best))
+                self._loaded_best = step
 
     def _find_best(self) -> None:
         """The best checkpoint of a run that goes on, where it is now: the run's folder may have been moved."""
@@ -442,7 +455,7 @@ class LlavaTrainer(Trainer):
             logger.warning(
                 "%s, the best checkpoint so far, isn't there any more; the best of the steps to come counts.", recorded
             )
-            self.state.best_metric = None
+            self.state.best_metric = self._best_metrics = None
         self.state.best_model_checkpoint = None if best is None else str(best)
 
     def _maybe_log_save_evaluate(self, tr_loss, model, epoch, ignore_keys_for_eval, **kwargs):
@@ -532,6 +545,7 @@ class LlavaTrainer(Trainer):
                     "supervised_tokens": self._tokens_seen,
                     "supervised_tokens_at_log": self._tokens_at_log,
                     "evaluation_pending": evaluation_pending,
+                    "best_metrics": self._best_metrics,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": _plain(self.scaler.state_dict()) if self.do_grad_scaling else None,
                 },
@@ -579,7 +593,7 @@ class LlavaTrainer(Trainer):
             )
         better = np.greater if self.args.greater_is_better else np.less
         if self.state.best_metric is None or better(metrics[name], self.state.best_metric):
-            self.state.best_metric = metrics[name]
+            self.state.best_metric, self._best_metrics = metrics[name], metrics
             self.state.best_model_checkpoint = str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any = None) -> None:
@@ -659,6 +673,7 @@ class LlavaTrainer(Trainer):
 
     def _evaluate_answers(self, dataset: Any, stem: str) -> Dict[str, float]:
         args = self.args
+        step = self.state.global_step if self._loaded_best is None else self._loaded_best
         most = args.per_device_eval_batch_size * args.max_evaluate_steps if args.max_evaluate_steps > 0 else None
         return evaluate_answers(
             self._inner_model,
@@ -669,7 +684,7 @@ class LlavaTrainer(Trainer):
             batch_size=args.per_device_eval_batch_size,
             max_new_tokens=args.max_new_tokens,
             max_questions=most,
-            file=Path(args.output_dir) / f"{stem}-{self.state.global_step}.jsonl",
+            file=Path(args.output_dir) / f"{stem}-{step}.jsonl",
             watch=self._watched,
         )
 

@@ -360,12 +360,55 @@ def test_a_merge_into_no_folder_is_one_sentence(room, tmp_path, capsys, lora_run
     assert f"nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def test_a_merge_into_what_training_still_needs_is_refused(room, tmp_path, capsys, lora_run, trained):
+    before = contents(lora_run), contents(trained / "full")
+    assert merge_main(["--lora_path", str(lora_run / "checkpoint-2")]) == 1
+    assert "training goes on from" in capsys.readouterr().err
+    assert merge_main(["--lora_path", str(lora_run), "--merge_model_path", str(trained / "full")]) == 1
+    assert "holds a training run" in capsys.readouterr().err
+    assert (contents(lora_run), contents(trained / "full")) == before
+    assert merge_main(["--lora_path", str(lora_run / "checkpoint-2"), "--merge_model_path", str(tmp_path / "m")]) == 0
+
+
 def test_no_best_model_without_evaluation(room, tmp_path):
     with pytest.raises(UserError, match="load_best_model_at_end is true, but do_eval is false"):
         run([configure(
             room, tmp_path / "out", dataset=with_eval(room), load_best_model_at_end=True, do_eval=False,
             evaluation_strategy="epoch", save_strategy="epoch",
         )])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"save_strategy": "no"},
+        {},
+        {"do_eval": True, "evaluation_strategy": "no", "save_strategy": "no"},
+        {"evaluation_strategy": "epoch", "save_strategy": "steps"},
+    ],
+)
+def test_the_best_is_looked_for_among_checkpoints_that_are_evaluated(room, tmp_path, changes):
+    config = configure(room, tmp_path / "out", dataset=with_eval(room), load_best_model_at_end=True, **changes)
+    with pytest.raises(UserError, match="set evaluation_strategy and save_strategy both"):
+        run([config])
+    assert not (tmp_path / "out").exists()
+
+
+def test_patterns_of_the_toolkit_leave_adapters_to_be_trained(room, tmp_path):
+    frozen = {key: TOOLKIT[key] for key in ("freeze_include", "freeze_exclude")}
+    assert run([configure(room, tmp_path / "out", lora=True, max_steps=2, **frozen)]) == 0
+    adapter = load_file(tmp_path / "out" / "lora_model_state.safetensors")
+    assert all(np.abs(values).max() > 0 for name, values in adapter.items())
+
+
+def test_the_projector_of_an_adapters_folder_begins_another_run(room, lora_run, tmp_path):
+    config = configure(
+        room, tmp_path / "out", pretrain_mm_mlp_adapter=str(lora_run), max_steps=1, learning_rate=0.0, weight_decay=0.0
+    )
+    assert run([config]) == 0
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    beside = load_file(lora_run / "non_lora_state.safetensors")
+    assert all((made[name] == values).all() for name, values in beside.items())
 
 
 def test_learning_rates_of_nothing(room, tmp_path):
@@ -401,6 +444,67 @@ def test_a_resumption_that_fails_leaves_the_run_to_its_own_command(room, tmp_pat
     assert {name for name in before if after.get(name) != before[name]} == set()
     assert run([config, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
     assert [entry["step"] for entry in read_log(tmp_path / "out" / "train_log.jsonl") if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lora_rank": 8}, "lora_rank is 8, but the run was begun with 4"),
+        ({"lora_alpha": 256}, "lora_alpha is 256, but the run was begun with 16"),
+        ({"rslora": True}, "rslora is True, but the run was begun with False"),
+        ({"lora_target_modules": ["llama.layers.*q_proj"]}, "lora_target_modules is"),
+        ({"optim": "adamw_mini"}, "optim"),
+        ({"lora": None, "lora_rank": None}, "checkpoint-1"),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_can_not_be_gone_on_with_costs_nothing(room, tmp_path, capsys, changes, words, elsewhere):
+    """Neither the later checkpoints nor, with overwrite_output_dir, the other run in the folder."""
+    options = dict(lora=True, lora_rank=4, max_steps=3, save_steps=1)
+    assert run([configure(room, tmp_path / "out", **options)]) == 0
+    output = tmp_path / "other" if elsewhere else tmp_path / "out"
+    if elsewhere:
+        assert run([configure(room, output, **{**options, "max_steps": 1, "seed": 5})]) == 0
+    before = contents(output)
+    changes = {**options, **changes, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    assert main([configure(room, output, overwrite_output_dir=elsewhere, **changes)]) == 1
+    assert words in capsys.readouterr().err
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 256}, {"rslora": True}])
+def test_an_unfinished_run_with_an_adapter_of_another_scale_is_another(room, tmp_path, capsys, changes):
+    options = dict(lora=True, max_steps=2, save_steps=1)
+    assert run([configure(room, tmp_path / "out", **options)]) == 0
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())
+    (tmp_path / "out" / "run.json").write_text(json.dumps({**recorded, "status": "running"}))
+    assert main([configure(room, tmp_path / "out", **options, **changes)]) == 1
+    assert f"{next(iter(changes))} is" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_model_is_gone_is_not_called_complete(room, tmp_path):
+    config = configure(room, tmp_path / "out", max_steps=2, save_steps=2)
+    assert run([config]) == 0
+    whole = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert run([config]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
+
+
+def test_the_best_model_keeps_its_own_figures_and_answers(room, tmp_path):
+    options = dict(
+        dataset=with_eval(room), evaluation_strategy="steps", eval_steps=1, save_steps=1, max_steps=3, do_eval=True,
+        eval_with_do_generation=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    kept = {}
+    for name in ("last", "best"):
+        assert run([configure(room, tmp_path / name, load_best_model_at_end=name == "best", **options)]) == 0
+        log = [(e["step"], e["eval_loss"]) for e in read_log(tmp_path / name / "train_log.jsonl") if "eval_loss" in e]
+        answers = {file.name: file.read_bytes() for file in (tmp_path / name).glob("eval_predictions-*.jsonl")}
+        kept[name] = log, answers, json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"]
+    assert kept["last"][:2] == kept["best"][:2] and len(kept["best"][0]) == 3
+    losses = [loss for _, loss in kept["best"][0]]
+    assert kept["best"][2] == max(losses) != losses[-1] == kept["last"][2]
 
 
 def contents(folder):
@@ -598,7 +702,7 @@ def test_training_what_only_pictures_reach_without_pictures_is_refused(room, tmp
     assert "no sample of the training data has a picture" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("image", ["s3://bucket/a.png", "file:///a.png", "empty.png"])
+@pytest.mark.parametrize("image", ["s3://bucket/a.png", "file:///a.png", "empty.png", "a\0.png", "a\ud83d.png"])
 def test_a_picture_that_can_not_be_one_is_told_before_training(room, tmp_path, capsys, image):
     data = tmp_path / "train.json"
     (tmp_path / "empty.png").touch()

@@ -79,6 +79,14 @@ def test_patterns_reach_inside_lora(adapted):
     assert not any(name.startswith("llama.layers.0.") for name in names)
 
 
+def test_patterns_without_lora_leave_adapters_as_they_are(adapted, caplog):
+    select_trained(adapted, lora=True, include=["*llama*", "*lm_head*"], exclude=["*llama.mm_projector*"])
+    assert trained_parts(adapted) == {"projector", "LoRA adapters"} and not caplog.text
+    select_trained(adapted, lora=True, include=["llama.layers.0.*"])
+    assert "llama.layers.0.mlp.up_proj.lora_A" in trained_names(adapted)
+    assert "'llama.layers.0.*', which changes nothing" in caplog.text and "'llama.layers.0.*lora_*'" in caplog.text
+
+
 def test_a_pattern_without_a_match_is_told(model, caplog):
     select_trained(model, include=["*resampler*"])
     assert "'*resampler*'" in caplog.text

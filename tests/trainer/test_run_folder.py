@@ -42,6 +42,7 @@ def run(folder, *, steps=(), finished=False, **changes):
     for step in steps:
         checkpoint(folder / "out", step)
     if finished:
+        (folder / "out" / "model.safetensors").write_bytes(b"weights")
         finish_run(folder / "out")
     return given
 
