@@ -42,6 +42,7 @@ class RowFile:
 
     Args:
         path: a JSON array of rows or one row per line, UTF-8 with or without a byte order mark; blank lines are skipped.
+        key: the setting that names it, for errors.
 
     Attributes:
         path (Path): as given.
@@ -53,8 +54,8 @@ class RowFile:
         UserError: the file is missing, isn't text in UTF-8, or is neither form.
     """
 
-    def __init__(self, path: Union[str, Path]):
-        self.path = Path(path)
+    def __init__(self, path: Union[str, Path], key: str = "data_files"):
+        self.path, self.key = Path(path), key
         self.problems: List[Problem] = []
         data = self._read_bytes()
         begin = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
@@ -111,13 +112,13 @@ class RowFile:
 
     def _read_bytes(self) -> bytes:
         if self.path.is_dir():
-            raise UserError(f"data_files names {self.path}, which is a folder; expected a .json or .jsonl file.")
+            raise UserError(f"{self.key} names {self.path}, which is a folder; expected a .json or .jsonl file.")
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
-            raise UserError(f"data_files names {self.path.absolute()}, which doesn't exist.") from None
+            raise UserError(f"{self.key} names {self.path.absolute()}, which doesn't exist.") from None
         except OSError as error:
-            raise UserError(f"data_files names {self.path}, which can't be read: {error.strerror}.") from None
+            raise UserError(f"{self.key} names {self.path}, which can't be read: {error.strerror}.") from None
         if data.startswith(_UTF16_BOMS):
             raise UserError(f"{self.path} is UTF-16 text; save it as UTF-8.")
         if b"\0" in data[:4096]:

@@ -25,7 +25,7 @@ from paddlemix.errors import UserError
 from paddlemix.models.llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from paddlemix.models.llava.conversation import get_template
 from paddlemix.processors.chat_template import load_chat_template
-from paddlemix.processors.images import load_image
+from paddlemix.processors.images import load_image, shorten
 from paddlemix.processors.labels import truncate_rounds
 from paddlemix.processors.rows import ImageCountError, parse_row, row_format
 
@@ -213,7 +213,9 @@ class RowTable:
         if config.vision is None:
             raise UserError("The model takes text only (its config has no vision_config), but the row has a picture.")
         if open_pictures:
-            return load_image(image).size
+            size = load_image(image).size
+            self.processor.image_processor.check(size, shorten(str(image)))
+            return size
         if config.image_aspect_ratio == "anyres":
             return image_size(image)
         if not _may_be_a_picture(image):
@@ -332,14 +334,15 @@ class SupervisedDataset(Dataset):
 def resolve_image(image: Any, folders: Sequence[Path]) -> Any:
     """A row's picture as it can be opened: URLs stay, a path is looked for in the folders in turn.
 
-    If it is in none of them, the path in the first is returned, so that the error names where it should be.
+    If it is in none of them, the path in the first is returned, so that the error names where it should be; one that begins with
+    a home directory (``~/``) in that.
     """
     if not isinstance(image, (str, os.PathLike)) or (isinstance(image, str) and _URL.match(image)):
         return image
-    if os.path.isabs(image) or str(image).startswith("~"):
-        return Path(os.path.expanduser(image))
     places = [folder / image for folder in folders]
-    return next((place for place in places if os.path.exists(place)), places[0])
+    home = [Path(os.path.expanduser(image))] if str(image).startswith("~") else []
+    found = next((place for place in places if os.path.exists(place)), None)
+    return found or (home[0] if home and home[0].is_absolute() else places[0])
 
 
 def _may_be_a_picture(image: Any) -> bool:
@@ -347,7 +350,7 @@ def _may_be_a_picture(image: Any) -> bool:
     if isinstance(image, Path):
         try:
             found = os.stat(image)
-        except OSError:
+        except (OSError, ValueError):  # a name with a NUL, or that can't be encoded
             return False
         return stat.S_ISREG(found.st_mode) and found.st_size > 0
     return isinstance(image, str) and re.match("https?://|data:", image, re.IGNORECASE) is not None

@@ -156,7 +156,7 @@ class LlavaImageProcessor:
             )
         except UserError as error:
             raise UserError(f"{path}: {error}" if path else str(error)) from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} holds a value of the wrong kind: {error}.") from error
         if config is not None and config.vision is not None:
             processor._check_tile_size(config.vision.image_size, path)

@@ -108,7 +108,7 @@ def _from_path(text: str, max_pixels: int) -> Image.Image:
         raise UserError("The path of the picture is empty; expected a file or a URL.")
     path = Path(text)
     try:
-        if text.startswith("~"):
+        if text.startswith("~") and not path.exists():  # which a file's own name may, too
             path = path.expanduser()
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -127,11 +127,11 @@ def _from_path(text: str, max_pixels: int) -> Image.Image:
         raise UserError(f"{text} may not be read by this user (permission denied).") from None
     except (OSError, ValueError, RuntimeError) as error:  # a name with a NUL, too long, of an unknown ~user, …
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{_shorten(text)} can't be opened: {_reason(reason)}.") from None
+        raise UserError(f"{shorten(text)} can't be opened: {_reason(reason)}.") from None
 
 
 def _from_url(url: str, scheme: str, timeout: float, max_bytes: int, max_pixels: int) -> Image.Image:
-    name = _shorten(url)
+    name = shorten(url)
     if scheme == "data":
         return _decode(io.BytesIO(_data_url(url, max_bytes)), name, max_pixels)
     if scheme not in ("http", "https"):
@@ -140,7 +140,7 @@ def _from_url(url: str, scheme: str, timeout: float, max_bytes: int, max_pixels:
 
 
 def _data_url(url: str, max_bytes: int) -> bytes:
-    name = _shorten(url)
+    name = shorten(url)
     header, comma, body = url.partition(",")
     if not comma:
         raise UserError(f"{name} is not a data URL; expected data:image/png;base64,….")
@@ -195,7 +195,7 @@ def _download(url: str, timeout: float, max_bytes: int) -> bytes:
     A socket's timeout starts anew with each byte, and looking up a name has none; so the work is done in a thread
     that is left behind (it ends at its next byte) when the time is over.
     """
-    name = _shorten(url)
+    name = shorten(url)
     result: Dict[str, Any] = {}
     deadline = time.monotonic() + timeout
 
@@ -219,7 +219,7 @@ def _fetch(url: str, deadline: float, max_bytes: int) -> bytes:
     """One download; TimeoutError when the deadline passes, UserError for what the server answers."""
     import requests  # not needed for files
 
-    name = _shorten(url)
+    name = shorten(url)
     # some servers refuse the library's own name
     headers = {"User-Agent": "Mozilla/5.0 (compatible; paddlemix)", "Accept": "image/*,*/*;q=0.5"}
     with requests.Session() as session:
@@ -421,7 +421,8 @@ def _reason(error: Any) -> str:
     return text if text else type(error).__name__
 
 
-def _shorten(name: str, limit: int = 200) -> str:
+def shorten(name: str, limit: int = 200) -> str:
+    """A picture's name as errors have it: of a data URL only the beginning."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 

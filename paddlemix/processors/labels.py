@@ -70,7 +70,7 @@ def render_for_training(
         if len(turns) != 2 or not pictures:
             raise UserError(
                 f"Template {template.name!r} trains on a picture and its caption; this row has {len(turns)} messages "
-                f"and {pictures} picture(s) in the first. Choose another template (version), or leave the row out."
+                f"and {pictures} picture(s) in the first. Choose another template (version, --conv_mode), or leave the row out."
             )
         lead = IMAGE_TOKEN * pictures
         text = lead + turns[1]["content"] + template.stop_strings[0]

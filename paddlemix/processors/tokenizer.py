@@ -400,6 +400,8 @@ class Tokenizer:
         self.vocab_size: int = engine.size
         self.drops_first_space: bool = engine.drops_first_space
         length = config.get("model_max_length")
+        if not isinstance(length, (int, float, type(None))):
+            raise UserError(f"tokenizer_config.json: model_max_length is {length!r}; expected a number of tokens.")
         self.model_max_length: Optional[int] = int(length) if length and length < 1e9 else None
         self._prefix, self._suffix = self._affixes()
 

@@ -291,6 +291,30 @@ def less_than_a_step(samples: int, settings: Dict[str, Any]) -> Optional[str]:
     return None
 
 
+def untrained(found: SplitReport, settings: Dict[str, Any], max_length: int) -> Optional[str]:
+    """Says so if the samples give the run no step, or nothing that it trains could learn from them; training refuses both."""
+    from paddlemix.datasets.packing import pack_lengths
+    from paddlemix.tools.supervised_finetune import ONLY_PICTURES_REACH
+
+    if settings.get("tune_mm_mlp_adapter") and not found.pictures:
+        return ONLY_PICTURES_REACH
+    lengths = [abs(length) for length in found.lengths]
+    samples = len(pack_lengths(lengths, max_length)) if settings.get("mixtoken") else found.samples
+    return less_than_a_step(samples, settings)
+
+
+def unanswerable(found: SplitReport, settings: Dict[str, Any]) -> Optional[str]:
+    """Says so if the model is to be asked, and no sample has an answer with words; training refuses that."""
+    evaluates = settings.get("do_eval", True) and settings.get("eval_with_do_generation")
+    if not (evaluates or settings.get("do_predict")):
+        return None
+    for row in found.rows:
+        messages, _ = found.table.conversation(row)
+        if any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+            return None
+    return "eval has no answer with words, which the model's own could be compared with (eval_with_do_generation, do_predict)."
+
+
 def needed_splits(settings: Dict[str, Any]) -> List[str]:
     """The splits that the run reads, by the training arguments' own defaults."""
     from paddlemix.trainer.run_folder import trains
@@ -352,8 +376,8 @@ def check(flags: argparse.Namespace, settings: Dict[str, Any]) -> bool:
             print(f"problem: no row of {name} keeps a token to learn with max_length {max_length}.")
             sound = False
         unfit = [beyond_positions(found, processor.config)]
-        if name == "train" and name in needed and found.samples and not settings.get("mixtoken"):
-            unfit.append(less_than_a_step(found.samples, settings))
+        if name in needed and found.samples:
+            unfit.append(untrained(found, settings, max_length) if name == "train" else unanswerable(found, settings))
         for problem in filter(None, unfit):
             print(f"problem: {problem}")
             sound = False

@@ -64,7 +64,7 @@ def read_turns(data_file: str, limit: Optional[int] = None, image_folder: Option
     from paddlemix.processors.rows import parse_row
 
     data_file = os.path.expanduser(data_file)
-    rows = RowFile(data_file)
+    rows = RowFile(data_file, key="--data_file")
     folders = [Path(os.path.expanduser(image_folder))] if image_folder else []
     for folder in folders:
         if not folder.is_dir():
@@ -149,7 +149,7 @@ def predict(
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: a picture that can't be opened; with the row's place in the file.
+        UserError: a picture that can't be opened, or a row that the template has no form for; with its place in the file.
     """
     from PIL import Image
     from tqdm import tqdm
@@ -176,10 +176,11 @@ def predict(
                 turn = turns[i]
                 try:
                     images = [picture(source) for source in turn.images]
+                    messages = [*turn.messages, {"role": "assistant", "content": turn.reference}]
+                    whole = processor.encode_messages(messages, [image.size for image in images], template)
                 except UserError as error:
                     raise UserError(f"{turn.where}: {error}") from None
-                messages = [*turn.messages, {"role": "assistant", "content": turn.reference}]
-                ids = processor.encode_messages(messages, [image.size for image in images], template).prompt(turn.turn)
+                ids = whole.prompt(turn.turn)
                 beyond += len(ids) + max_new_tokens > limit and not model.config.rope_scaling
                 batch.append((ids, images))
             stops = [template.stop_strings] * len(batch)

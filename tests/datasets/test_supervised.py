@@ -89,13 +89,16 @@ def test_pictures_are_found(square, tmp_path, monkeypatch):
     picture(tmp_path / "run" / "sub" / "c.png", (34, 10), seed=4)
     absolute = picture(tmp_path / "else where" / "d #1?.png", (35, 10), seed=5)
     inline = base64.b64encode(picture(tmp_path / "e.png", (36, 10)).read_bytes()).decode()
+    picture(tmp_path / "data" / "~g.png", (38, 10))
+    picture(tmp_path / "home" / "h.png", (39, 10))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     picture(tmp_path / "www" / "f.png", (37, 10))
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
     handler.log_message = lambda *_: None
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     names = ["a.png", "b.jpg", "sub/c.png", str(absolute), f"data:image/png;base64,{inline}"]
-    names.append(f"http://127.0.0.1:{server.server_port}/f.png")
+    names += [f"http://127.0.0.1:{server.server_port}/f.png", "~g.png", "~/h.png"]
     file = write_rows(tmp_path / "data" / "x.json", [{"image": n, "conversations": [["<image>", "A"]]} for n in names])
     monkeypatch.chdir(tmp_path / "run")
     try:
@@ -104,7 +107,7 @@ def test_pictures_are_found(square, tmp_path, monkeypatch):
         beside = SupervisedDataset([entry(file)], square, 512)[0]["image_sizes"][0][0]
     finally:
         server.shutdown()
-    assert widths == [31, 33, 34, 35, 36, 37]
+    assert widths == [31, 33, 34, 35, 36, 37, 38, 39]
     assert beside == 32
 
 

@@ -677,6 +677,8 @@ def test_files_that_cannot_be_saved_or_loaded(parts, tmp_path):
         chat.save(notes)
     with pytest.raises(UserError, match="can't be written"):
         chat.save(tmp_path / "no" / "such" / "folder.json")
+    with pytest.raises(UserError, match="can't be written: embedded null"):
+        chat.save(tmp_path / "a\0b.json")
     assert notes.read_text() == "mine"
     good = json.loads(chat.save(tmp_path / "chat.json").read_text(encoding="utf-8"))
 

@@ -320,6 +320,22 @@ def test_a_full_clip_gives_its_tower(tmp_path):
         np.testing.assert_allclose(values, before[name] + (1 if "vision_tower" in name else 0), atol=1e-6)
 
 
+@pytest.mark.parametrize("what", ["lacks", "another shape", "no place for"])
+def test_damage_of_a_separate_tower_is_said_of_its_folder(tmp_path, what):
+    folder = write_original(tmp_path / "llava", tower=tmp_path / "clip")
+    tensors = tiny.weights("llava")
+    name = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"
+    if what == "lacks":
+        del tensors[name]
+    elif what == "another shape":
+        tensors[name] = tensors[name][:5]
+    else:
+        tensors[name.replace("q_proj", "z_proj")] = tensors[name]
+    write_clip(tmp_path / "clip", tensors)
+    with pytest.raises(UserError, match=f"^{tmp_path / 'clip'} does not fit the model: it .*{what}"):
+        LlavaLlamaForCausalLM.from_pretrained(folder)
+
+
 def test_a_missing_tower_says_what_to_put_where(tmp_path):
     folder = write_original(tmp_path / "llava", tower=tmp_path / "clip")
     (tmp_path / "clip" / "pytorch_model.bin").unlink()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paddlemix import LlavaConfig
+from paddlemix import LlavaConfig, LlavaLlamaForCausalLM, LlavaProcessor
 from paddlemix.errors import UserError
 from tests.checkpoints import flat_config, write_json
 from tests.fixtures import tiny_models as tiny
@@ -31,6 +31,16 @@ def test_values_of_the_wrong_kind_are_named_with_what_was_expected(tmp_path, key
     with pytest.raises(UserError) as refusal:
         LlavaConfig.from_pretrained(tmp_path)
     assert str(refusal.value) == f"{tmp_path / 'config.json'}: {key} is {value!r}; expected {expected}."
+
+
+def test_sizes_and_towers_of_the_wrong_kind(tmp_path):
+    for key in ("hidden_size", "num_attention_heads"):
+        with pytest.raises(UserError, match=f"{key} is 'a'; expected a whole number"):
+            LlavaConfig(**{key: "a"})
+    write_json(tmp_path / "config.json", flat_config("llava", mm_vision_tower=["x"]))
+    for opens in (LlavaConfig, LlavaLlamaForCausalLM, LlavaProcessor):
+        with pytest.raises(UserError, match=r"mm_vision_tower is \['x'\]; expected a name or a folder"):
+            opens.from_pretrained(tmp_path)
 
 
 def test_the_layer_of_the_tower_and_its_epsilon(tmp_path):

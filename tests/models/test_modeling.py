@@ -175,6 +175,29 @@ def test_shapes_that_do_not_fit_are_named(model, ask):
         ask(model, input_ids=paddle.zeros([1, 0], "int64"))
 
 
+@pytest.mark.parametrize("wrong", [50, -1, -100])
+def test_ids_outside_the_vocabulary_are_named(model, wrong):
+    ids = paddle.to_tensor([[1, 5, wrong]])
+    for ask in (model, model.generate):
+        with pytest.raises(UserError, match=f"input_ids has the id {wrong}, but the model's vocabulary has 50"):
+            ask(ids)
+    if wrong != -100:
+        with pytest.raises(UserError, match=f"labels has the id {wrong}"):
+            model(paddle.ones([1, 3], "int64"), labels=ids)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"decode_strategy": "sampling"}, {"decode_strategy": "beam_search", "num_beams": 2}]
+)
+def test_weights_that_give_no_numbers_are_told(how):
+    broken = build()
+    weight = broken.llama.layers[1].self_attn.q_proj.weight
+    weight.set_value(paddle.full_like(weight, float("nan")))
+    for prompt in ([1, 5, 6], list(range(1, 49)) * 2):  # a short pass and a long one
+        with pytest.raises(UserError, match="logits are not finite.*float32"):
+            broken.generate(paddle.to_tensor([prompt]), max_new_tokens=2, **how)
+
+
 @pytest.mark.parametrize("name", ["labels", "position_ids", "segment_ids"])
 def test_what_goes_with_the_tokens_has_their_shape(model, name):
     ids = paddle.to_tensor([PROMPT])

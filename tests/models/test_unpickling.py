@@ -267,6 +267,37 @@ def test_a_torch_file_that_is_cut_short(tmp_path):
             open_tensor_file(path)
 
 
+def flip(data, place, value):
+    return data[:place] + value + data[place + len(value) :]
+
+
+@pytest.mark.parametrize("change", ["encrypted", "method", "version", "offset", "stream"])
+def test_a_torch_file_with_other_bytes(tmp_path, change):
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"w": list(range(1000))}, protocol=2))
+    data = path.read_bytes()
+    entry = data.index(b"PK\x01\x02")  # the central directory's
+    damaged = {
+        "encrypted": flip(data, entry + 8, b"\x01\x00"),
+        "method": flip(data, entry + 10, b"\x61\x00"),
+        "version": flip(data, entry + 6, b"\x75\x00"),
+        "offset": flip(data, entry + 42, b"\xff\xff\xff\x7f"),
+        "stream": flip(data, 60, b"\xff" * 40),
+    }[change]
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="pytorch_model.bin is not a whole checkpoint"):
+        open_tensor_file(path)
+
+
+@pytest.mark.parametrize("length", [2**40, 2**60, 2**63 - 1])
+def test_a_text_longer_than_any_memory(tmp_path, length):
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x04\x8d" + struct.pack("<Q", length) + b"x.")
+    with pytest.raises(UserError, match="model_state.pdparams is not a whole checkpoint"):
+        open_tensor_file(path)
+
+
 def test_a_paddle_file_that_is_cut_short_or_is_something_else(tmp_path):
     data = pickle.dumps({"w": np.ones(20_000, np.float32)}, protocol=4)
     path = tmp_path / "model_state.pdparams"

@@ -198,6 +198,8 @@ def test_an_explicit_aspect_ratio_overrules_file_and_config(tmp_path):
         ({"crop_size": -1}, {}, "crop_size"),
         ({"image_mean": [0.5, 0.5]}, {}, "image_mean has 2 numbers"),
         ({"image_std": [0, 1, 1]}, {}, "image_std"),
+        ('{"crop_size": Infinity}', {}, "wrong kind"),
+        ('{"size": {"shortest_edge": 1e400}}', {}, "wrong kind"),
         ({"image_mean": ["a", "b", "c"]}, {}, "wrong kind"),
         ({"resample": 17}, {}, "resample is 17"),
         ({"image_aspect_ratio": "oval"}, {}, "'oval'; expected one of square, pad, anyres"),

@@ -278,6 +278,10 @@ def test_align_gives_a_normalized_or_unknown_token_what_lies_between():
             lambda folder: (folder / "added_tokens.json").write_text('{"<x>": "y"}'),
             "special tokens in .* can't be read",
         ),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text('{"model_max_length": "x"}'),
+            "model_max_length is 'x'; expected a number",
+        ),
         (lambda folder: shutil.rmtree(folder), "No tokenizer in"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from paddlemix.tools.check_dataset import histogram, main, wants_colour
 from tests.datasets.tiny import ANYRES, mixed_rows, picture, tiny_folder, write_rows
@@ -238,6 +239,25 @@ def test_what_training_refuses_is_not_sound(run_here, folder, tmp_path):
         done = run_here(config(folder, "less.json", **keys))
         assert done.returncode == 1 and f"problem: {next(iter(keys))} is" in done.stdout and message in done.stdout
         assert "sound: training can start" not in done.stdout.replace("not sound", "")
+    blank = write_rows(
+        tmp_path / "blank.json", [{"conversations": [["Q", "A"], ["Q", "  "]]}, {"conversations": [["Q", " "]]}]
+    )
+    asked = {"do_eval": True, "eval_with_do_generation": True, "evaluation_strategy": "steps"}
+    text = {"train": {"data_files": str(folder / "eval.jsonl")}}
+    for name, keys, message in (
+        (
+            "packed",
+            {"mixtoken": True, "dataloader_drop_last": True, "per_device_train_batch_size": 3},
+            "the 1 samples don't",
+        ),
+        ("text", {"tune_mm_mlp_adapter": True, "dataset": text}, "no sample of the training data has a picture"),
+        ("unasked", {"dataset": {**text, "eval": {"data_files": str(blank)}}, **asked}, ""),
+    ):
+        done = run_here(config(folder, f"{name}.json", **keys))
+        assert (done.returncode == 1) == bool(message) and message in done.stdout, done.stdout
+    write_rows(blank, [{"conversations": [["Q", " "]]}])
+    done = run_here(config(folder, "unasked.json", dataset={**text, "eval": {"data_files": str(blank)}}, **asked))
+    assert done.returncode == 1 and "eval has no answer with words" in done.stdout, done.stdout
     tiny_folder(tmp_path / "model", vocab_size=40)
     keys = {"model_name_or_path": str(tmp_path / "model"), "text_model_name_or_path": str(folder / "model")}
     done = run_here(config(folder, "words.json", **keys))
@@ -262,6 +282,18 @@ def test_a_sample_longer_than_the_models_positions(run_here, folder, tmp_path):
     assert done.returncode == 1
     assert re.search(r"x\.json:3 \(row 2\): the sample has \d+ tokens, but the model reads 100 at most", done.stdout)
     assert run_here(config(folder, "long.json", **keys, max_length=100)).returncode == 0
+
+
+def test_a_picture_that_no_pass_could_take_is_not_sound(run_here, folder, tmp_path):
+    tiny_folder(tmp_path / "model", image_aspect_ratio="pad")
+    tall = tmp_path / "tall.png"
+    Image.new("1", (100, 33000)).save(tall)
+    file = write_rows(tmp_path / "x.json", [{"image": str(tall), "conversations": [["<image>", "A"]]}])
+    keys = {"model_name_or_path": str(tmp_path / "model"), "dataset": {"train": {"data_files": str(file)}}}
+    done = run_here(config(folder, "tall.json", **keys))
+    assert done.returncode == 1 and f"x.json:2 (row 1): {tall} (100 x 33000 pixels) is too thin" in done.stdout, (
+        done.stdout
+    )
 
 
 def test_rows_are_rendered_by_the_runs_template(run_here, folder, tmp_path):

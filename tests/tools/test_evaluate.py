@@ -219,6 +219,8 @@ def test_blank_pictures_change_what_is_seen(checkpoint, data):
         ([{"conversations": [["Q", "A"]]}], ["--conv_mode", "nonsense"], "nonsense"),
         ([{"conversations": [["Q", "A"]], "facts": [["red", 3]]}], [], "facts"),
         ([{"conversations": [["Q", "A"]]}], ["--output_file", "."], "which is a folder"),
+        ([{"conversations": [["Q", "A"]]}], ["--data_file", "gone.json"], "--data_file names"),
+        ([{"conversations": [["Q", "A"]]}], ["--conv_mode", "plain"], "bad.json:1 (row 1): Template 'plain' trains on"),
     ],
 )
 def test_mistakes_are_one_sentence(checkpoint, data, capsys, rows, more, sentence):

@@ -740,8 +740,8 @@ def _is_saved_chat(path: Path) -> bool:
 def _write_atomically(path: Path, content: str) -> None:
     """A temporary file beside it takes the place of the old one in one step; behind a link, of what the link names."""
     temporary = None
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(content)
@@ -754,6 +754,6 @@ def _write_atomically(path: Path, content: str) -> None:
     except BaseException as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, ValueError)):  # ValueError: a name with a NUL
             raise UserError(f"{path} can't be written: {_reason(error)}.") from error
         raise

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import dropwhile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import paddle
@@ -213,10 +213,48 @@ def _is_toolkit_folder(folder: Path) -> bool:
 # what a folder holds, under our names
 
 
-def collect(
-    folder: Path, config: LlavaConfig, tower_places: Sequence[Path] = ()
-) -> Tuple[Dict[str, Source], List[str]]:
-    """Our name -> source for every tensor of a checkpoint, its tower included, and the names that no layout knows.
+class Collected(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        sources: our name -> source.
+        unknown: published names that no layout knows.
+        tower: the same of a vision tower in a folder of its own, and that folder.
+    """
+
+    sources: Dict[str, Source]
+    unknown: List[str]
+    tower: Optional[Tuple[Dict[str, Source], List[str], Path]] = None
+
+    @property
+    def everything(self) -> Dict[str, Source]:
+        """Sources of all parts."""
+        return {**self.sources, **(self.tower[0] if self.tower else {})}
+
+    def without(self, names: Set[str]) -> "Collected":
+        """The same without the tensors of these names."""
+
+        def kept(sources: Dict[str, Source]) -> Dict[str, Source]:
+            return {name: source for name, source in sources.items() if name not in names}
+
+        tower = (kept(self.tower[0]), *self.tower[1:]) if self.tower else None
+        return Collected(kept(self.sources), self.unknown, tower)
+
+    def check(self, expected: Mapping[str, Tuple[int, ...]], config: LlavaConfig, folder: Path) -> None:
+        """Holds each folder against what the model needs of it, as :func:`check` does."""
+        if self.tower is not None:
+            check(
+                {name: expected[name] for name in expected if name.startswith(layouts.TOWER)},
+                *self.tower[:2],
+                config,
+                self.tower[2],
+            )
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(layouts.TOWER)}
+        check(expected, self.sources, self.unknown, config, folder)
+
+
+def collect(folder: Path, config: LlavaConfig, tower_places: Sequence[Path] = ()) -> Collected:
+    """Every tensor of a checkpoint, its tower included.
 
     Tensors that LLaVA never uses (rotary tables, the text tower of a full CLIP, …) are left out.
 
@@ -242,10 +280,8 @@ def collect(
             )
         tower = _local_tower(config.mm_vision_tower, places)
         tower = tower or resolve_tower(config.mm_vision_tower, places[0], paddle_first=toolkit)
-        more, unknown_more = collect_tower(tower)
-        sources.update(more)
-        unknown += unknown_more
-    return sources, unknown
+        return Collected(sources, unknown, (*collect_tower(tower), tower))
+    return Collected(sources, unknown)
 
 
 def collect_tower(folder: Path) -> Tuple[Dict[str, Source], List[str]]:
@@ -451,14 +487,14 @@ def _load_whole(
             raise _no_checkpoint(folder)
         raise UserError(f"{folder} has a config.json but no weights; expected one of {', '.join(WEIGHT_FILES)}.")
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in brought}
-    sources, unknown = collect(folder, model.config, tower_places)
-    sources = {name: source for name, source in sources.items() if name not in brought}
+    held = collect(folder, model.config, tower_places).without(brought)
+    sources = held.everything
     if new_projector and not any(name.startswith(layouts.PROJECTOR) for name in sources):
         for name in [name for name in parameters if name.startswith((layouts.PROJECTOR, layouts.NEWLINE))]:
             if name not in sources:
                 _draw(parameters.pop(name), name, model.config.initializer_range)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    check(shapes, sources, unknown, model.config, folder)
+    held.check(shapes, model.config, folder)
     _stream(parameters, sources)
 
 
@@ -481,6 +517,13 @@ def load_tower(model: paddle.nn.Layer, name_or_folder: Union[str, Path]) -> None
     _stream(parameters, sources)
 
 
+# The last two are what was trained beside an adapter, here and with PEFT.
+PROJECTOR_FILES = (
+    *("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pdparams"),
+    *("non_lora_state.safetensors", "non_lora_trainables.bin"),
+)
+
+
 def load_projector(model: paddle.nn.Layer, path: Union[str, Path]) -> None:
     """Fills the projector from a file of its own (``pretrain_mm_mlp_adapter``).
 
@@ -489,7 +532,7 @@ def load_projector(model: paddle.nn.Layer, path: Union[str, Path]) -> None:
     """
     path = Path(os.path.expanduser(path))
     if path.is_dir():
-        found = [path / name for name in ("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pdparams")]
+        found = [path / name for name in PROJECTOR_FILES]
         tensors = next((open_tensor_file(file) for file in found if file.is_file()), None) or open_weights(path)
     elif path.is_file():
         tensors = open_tensor_file(path)

@@ -40,6 +40,12 @@ def _check_number(name: str, value: Any, positive: bool = False) -> None:
         raise UserError(f"{name} is {value!r}; expected a number {'above 0' if positive else 'of at least 0'}.")
 
 
+def check_tower_name(value: Any) -> None:
+    """Refuses what ``mm_vision_tower`` can't be."""
+    if not isinstance(value, (str, type(None))):
+        raise UserError(f"mm_vision_tower is {value!r}; expected a name or a folder.")
+
+
 def are_token_ids(value: Any) -> bool:
     """Whether it is what ``eos_token_id`` may be: ``TOKEN_IDS``."""
     ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
@@ -171,8 +177,9 @@ class LlavaConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        _check_sizes(self, ("hidden_size", "num_attention_heads"))
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // max(1, num_attention_heads)
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
@@ -240,6 +247,7 @@ class LlavaConfig(PretrainedConfig):
 
         from paddlemix.models.llava.conversation import conv_templates
 
+        check_tower_name(self.mm_vision_tower)
         _check_sizes(self, DECODER_SIZES)
         _check_number("rope_theta", self.rope_theta, positive=True)
         _check_number("rms_norm_eps", self.rms_norm_eps)

@@ -217,9 +217,10 @@ def open_plan(
         checkpoint.load_weights(model, folder)
         sources = {name: Source(_ParameterTensor(p), name, False) for name, p in parameters.items()}
     else:
-        sources, unknown = checkpoint.collect(folder, config)
+        held = checkpoint.collect(folder, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        checkpoint.check(shapes, sources, unknown, config, folder)
+        held.check(shapes, config, folder)
+        sources = held.everything
         if layouts.NEWLINE not in parameters:
             sources.pop(layouts.NEWLINE, None)
     if dtype is None:

@@ -239,6 +239,19 @@ def forbid(scores: np.ndarray, ids: Iterable[int]) -> np.ndarray:
     return scores
 
 
+def check_finite(scores: np.ndarray) -> None:
+    """Refuses scores [B, V] from which no token can be picked.
+
+    Raises:
+        UserError: a row has NaN, or an infinite best.
+    """
+    if not np.isfinite(scores.max(axis=1)).all():  # the maximum is NaN where any of them is
+        raise UserError(
+            "the model's logits are not finite (NaN or infinite): its weights are damaged, or too large for the dtype that "
+            "they are computed in; try dtype float32, or fetch the checkpoint again."
+        )
+
+
 class Sampler:
     """Picks the next token of each row; keeps the random state.
 
@@ -261,6 +274,7 @@ class Sampler:
         """
         settings = self.settings
         scores = logits.astype("float32").numpy()
+        check_finite(scores)
         if settings.repetition_penalty != 1.0:
             scores = penalise_repetition(scores, seen, settings.repetition_penalty)
         if step < settings.min_new_tokens and settings.eos_token_ids:
@@ -346,6 +360,7 @@ def beam_search(
     candidates = max(2, 1 + len(eos)) * beams  # each beam may like all the ends best
     for step in range(settings.max_new_tokens):
         log_probs = F.log_softmax(logits.astype("float32"), axis=-1).numpy()
+        check_finite(log_probs)
         if settings.repetition_penalty != 1.0:  # of log-probabilities, as in PaddleNLP and transformers
             seen = [list(prompt) + beam for prompt, held in zip(prompt_ids, ids) for beam in held]
             log_probs = penalise_repetition(log_probs, seen, settings.repetition_penalty)

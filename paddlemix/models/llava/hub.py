@@ -103,6 +103,8 @@ def _needs_weights(folder: Path) -> bool:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     tower, text = config.get("mm_vision_tower"), config.get("text_config")
     preprocessor = folder / "preprocessor_config.json"
+    if not isinstance(tower, (str, type(None))):
+        return False  # reading the config says so
     if tower and tower not in KNOWN_TOWERS:
         return not (config.get("vision_config") and preprocessor.is_file())
     if tower and not config.get("vision_config") and preprocessor.is_file():

@@ -388,6 +388,7 @@ class LlavaLlamaForCausalLM(PretrainedModel):
             return LlavaOutput([nothing, logits], hidden_states=hidden)
         chosen = paddle.gather(hidden[:, :-1].flatten(0, 1), places)
         label_ids = paddle.gather(targets, places)
+        self._check_ids("labels", label_ids)
         label_logits = self.lm_logits(chosen)
         loss = F.cross_entropy(label_logits.astype("float32"), label_ids, reduction=loss_reduction)
         return LlavaOutput([loss, logits], hidden_states=hidden, label_logits=label_logits, label_ids=label_ids)
@@ -406,12 +407,24 @@ class LlavaLlamaForCausalLM(PretrainedModel):
                 f"attention_mask has the shape {list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}; "
                 "expected the same."
             )
+        self._check_ids("input_ids", input_ids, placeholder=IMAGE_TOKEN_INDEX)
         tokens, window = input_ids.shape[1], self.config.sliding_window
         if window is not None and tokens + new_tokens > window:
             answer = f" and up to {new_tokens} new ones (max_new_tokens)" if new_tokens else ""
             raise UserError(
                 f"the prompt has {tokens} tokens{answer}, but this model attends to a sliding window of {window}, beyond "
                 "which it can't be computed here; ask for less."
+            )
+
+    def _check_ids(self, name: str, ids: paddle.Tensor, placeholder: int = 0) -> None:
+        """Refuses ids outside the vocabulary, on a CPU; on a GPU asking would hold up every step, and its kernels say so."""
+        if not on_cpu():
+            return
+        values, size = ids.numpy(), self.config.vocab_size
+        wrong = values[((values < 0) | (values >= size)) & (values != placeholder)]
+        if wrong.size:
+            raise UserError(
+                f"{name} has the id {wrong[0]}, but the model's vocabulary has {size}; expected 0 to {size - 1}."
             )
 
     # generation

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from paddlemix.errors import UserError
-from paddlemix.models.llava.configuration import TOKEN_IDS, LlavaConfig, are_token_ids
+from paddlemix.models.llava.configuration import TOKEN_IDS, LlavaConfig, are_token_ids, check_tower_name
 from paddlemix.models.llava.layouts import TOWER
 from paddlemix.models.llava.tensor_files import read_json
 
@@ -223,7 +223,8 @@ def read_flat(
     if raw.get("vision_config"):
         values["vision_config"] = clip_sizes(raw["vision_config"], path) if not ours else raw["vision_config"]
     elif raw.get("mm_vision_tower"):
-        values["vision_config"] = find_tower(str(raw["mm_vision_tower"]))
+        check_tower_name(raw["mm_vision_tower"])
+        values["vision_config"] = find_tower(raw["mm_vision_tower"])
     if "demo_note" in raw:  # what the chat says of the built-in model
         values["demo_note"] = raw["demo_note"]
     return values

@@ -7,10 +7,12 @@ of, done by functions of this module. Any other name is refused on sight. The te
 read later, on demand.
 """
 
+import errno
 import io
 import pickletools
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, List, Optional, Sequence, Tuple
@@ -585,6 +587,25 @@ def _contiguous(shape: Sequence[int]) -> Tuple[int, ...]:
     return tuple(strides)
 
 
+# What reading a file raises where bytes of it are others than those that were written: lengths beyond all memory, a zip's flags
+# and methods, offsets before its beginning.
+_DAMAGE = (
+    *(
+        _Damaged,
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OverflowError,
+        MemoryError,
+        RuntimeError,
+        OSError,
+    ),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+
+
 def read_pickle(path: Path) -> Any:
     """What a pickle of PyTorch or Paddle holds: plain containers and numbers, tensors as :class:`StoredTensor`.
 
@@ -613,8 +634,8 @@ def read_pickle(path: Path) -> Any:
         ) from refused
     except RecursionError as error:
         raise UserError(f"{path} nests its containers too deep to be a checkpoint; it was refused.") from error
-    except (_Damaged, zipfile.BadZipFile, struct.error, ValueError, IndexError, KeyError, TypeError, EOFError) as error:
-        if isinstance(error, UserError):
+    except _DAMAGE as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         raise UserError(f"{path} is not a whole checkpoint file ({error}); fetch it again.") from error
 
