@@ -89,7 +89,12 @@ PLANS = {
         750_000_000,
     ),
     "balance": Plan(0.65, WORDS_ALIKE, {**WORKED_OUT, "relation": 2}, 800_000_000),
-    "rest": Plan(0.2, WORDS_ALIKE, {**WORKED_OUT, "region": 1.5, "relation": 2}, 850_000_000),
+    "rest": Plan(
+        0.2,
+        {**WORDS_ALIKE, questions.LEFT_OR_RIGHT: 1.5, questions.ABOVE_OR_BELOW: 0.5},
+        {**WORKED_OUT, "region": 1.5, "relation": 2, "side": 1},
+        850_000_000,
+    ),
 }
 RELATED_ROUNDS, OTHER_ROUNDS = 8, 16
 TEXT_BEHIND = 0.1  # of a later stage's chats end in a question about something else

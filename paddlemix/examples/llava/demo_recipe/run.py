@@ -239,7 +239,7 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--side_scenes", type=int, default=1000, help="chats of stage 4 about scenes")
     parser.add_argument("--relation_scenes", type=int, default=2000, help="chats of stage 5 about scenes")
     parser.add_argument("--balance_scenes", type=int, default=900, help="chats of stage 6 about scenes")
-    parser.add_argument("--rest_scenes", type=int, default=400, help="chats of stage 7 about scenes")
+    parser.add_argument("--rest_scenes", type=int, default=600, help="chats of stage 7 about scenes")
     parser.add_argument("--later_easy_vqa", type=int, default=50, help="chats of each of stages 4 to 6 about easy-VQA")
     parser.add_argument("--rest_easy_vqa", type=int, default=20, help="chats of stage 7 about easy-VQA")
     parser.add_argument("--eval_limit", type=int, help="rows of each test [all]")
