@@ -59,7 +59,7 @@ BLIND_NOTE = (
 SEEING_NOTE = (
     "This is the built-in demonstration model, which is small. It knows pictures of one to four flat coloured shapes on a "
     "pale ground (circle, rectangle, triangle, star, diamond, cross): what they are, how many, and where. One "
-    "comparison of two places in seven is wrong, and what it says about other pictures, photographs too, is made up."
+    "comparison of two places in twenty is wrong, and what it says about other pictures, photographs too, is made up."
 )
 
 _FORMAT = 2  # raised when a folder put together by older code must not be used any more
